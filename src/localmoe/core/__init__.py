@@ -1,0 +1,1 @@
+"""What every other package speaks: requests, chunks, shapes, plans, events, errors. No torch, no I/O."""

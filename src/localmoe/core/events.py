@@ -1,0 +1,66 @@
+"""What happened, for whoever cares.
+
+Parts publish events; observability subscribes. A publisher never waits for a subscriber and never imports
+one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestFinished:
+    """A request left the gateway, one way or another. All times in seconds."""
+
+    model: str
+    api: str
+    """The API family's route, such as `chat.completions`."""
+    outcome: str
+    """`stop`, `length`, `abort` (the client left) or `error`."""
+    prompt_tokens: int
+    completion_tokens: int
+    time_to_first_token_s: float | None
+    """None if no token arrived."""
+    inter_token_s: tuple[float, ...]
+    e2e_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineState:
+    """One engine's gauges and running totals, as of its last step."""
+
+    model: str
+    num_running: int
+    num_waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    prefix_cache_queries: int
+    """Prompt tokens looked up since start."""
+    prefix_cache_hits: int
+    """Prompt tokens found since start."""
+    num_preemptions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRestarted:
+    """An engine process died and is being started anew."""
+
+    model: str
+    reason: str
+
+
+Event = RequestFinished | EngineState | EngineRestarted
+
+
+class EventBus:
+    """Calls every subscriber in order, in the publisher's thread; subscribers must be quick."""
+
+    def __init__(self) -> None:
+        self._subscribers: list[Callable[[Event], None]] = []
+
+    def subscribe(self, subscriber: Callable[[Event], None]) -> None:
+        self._subscribers.append(subscriber)
+
+    def publish(self, event: Event) -> None:
+        for subscriber in self._subscribers:
+            subscriber(event)
