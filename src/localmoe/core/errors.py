@@ -10,6 +10,10 @@ class LocalMoEError(Exception):
     """Root of all errors that LocalMoE raises on purpose."""
 
 
+class ConfigError(LocalMoEError):
+    """A setting is wrong; the message names the setting, its value, where it came from, and what is allowed."""
+
+
 class InvalidRequestError(LocalMoEError, ValueError):
     """The request cannot be served as it stands.
 

@@ -7,6 +7,8 @@ one.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 
 @dataclass(frozen=True, kw_only=True)
 class RequestFinished:
@@ -25,9 +27,8 @@ class RequestFinished:
     e2e_s: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineState:
-    """One engine's gauges and running totals, as of its last step."""
+class EngineState(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine's gauges and running totals, as of its last step. A msgspec struct: engines send it as it is."""
 
     model: str
     num_running: int

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from localmoe.core.request import SamplingParams
+from localmoe.core.request import SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,8 @@ class SequenceStep:
     """The sequence's own seed; with the position it fixes the random draw."""
     history: tuple[list[int], list[int]]
     """(prompt ids, output ids) so far, for the penalties; lists are the scheduler's own, not to be changed."""
-    score_from: int | None
-    """First position in this chunk whose logits are wanted for prompt log-probabilities; None: none."""
+    scores_prompt: bool
+    """Whether the prompt tokens that follow this chunk's positions get log-probabilities."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,3 +36,17 @@ class BatchPlan:
     @property
     def num_tokens(self) -> int:
         return sum(len(sequence.token_ids) for sequence in self.sequences)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step computed for one sequence."""
+
+    token_id: int | None = None
+    """The drawn token, where the plan asked for one."""
+    logprob: TokenLogprob | None = None
+    """Its log-probability, where the request asked for it."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """For the prompt tokens that follow this chunk's positions, where asked for."""
+    fault: str | None = None
+    """Why there is no usable result; the request fails with it."""

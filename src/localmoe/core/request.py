@@ -80,7 +80,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Prompt tokens whose keys and values were found in the prefix cache."""
 
 
-class TokenChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class TokenChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
     """The next tokens of one request. The last chunk of a stream, and only it, has a `finish_reason`."""
 
     request_id: str
@@ -92,3 +92,12 @@ class TokenChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     """Present exactly where `finish_reason` is."""
+
+
+class RequestFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The engine could not take or compute a request; nothing more comes for it."""
+
+    request_id: str
+    message: str
+    overloaded: bool = False
+    """Refused for want of room, not failed: worth trying again later."""

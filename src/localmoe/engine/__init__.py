@@ -1,0 +1,1 @@
+"""The native engine: scheduler, paged cache, step loop, and the process it runs in."""

@@ -1,0 +1,1 @@
+"""Products, attention and norms: one typed function each."""

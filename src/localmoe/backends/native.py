@@ -1,0 +1,105 @@
+"""Our own engine: a supervised process that serves one store."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+from localmoe.core.errors import BackendUnavailableError, EngineDiedError, EngineStartError
+from localmoe.core.events import EngineRestarted, EventBus
+from localmoe.core.request import Request, TokenChunk
+from localmoe.engine.client import EngineClient
+from localmoe.engine.config import EngineConfig
+
+logger = logging.getLogger(__name__)
+
+_FIRST_BACKOFF_S = 0.5
+_LONGEST_BACKOFF_S = 30.0
+_STABLE_S = 60.0
+"""An engine that lived this long had started well: the next backoff begins small again."""
+
+
+class NativeBackend:
+    """Starts an engine process, answers requests through it, and replaces it when it dies.
+
+    Args:
+        model: the name it is served under.
+        store_path: the weights.
+        config: engine settings, resolved.
+        bus: where engine states and restarts are published.
+    """
+
+    def __init__(self, *, model: str, store_path: Path, config: EngineConfig, bus: EventBus) -> None:
+        self._model = model
+        self._store_path = store_path
+        self._config = config
+        self._bus = bus
+        self._client: EngineClient | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self._client is not None and self._client.is_ready
+
+    @property
+    def engine_pid(self) -> int | None:
+        """Process id of the present engine."""
+        return self._client.pid if self._client else None
+
+    async def start(self) -> None:
+        """Returns when the engine is ready.
+
+        Raises:
+            EngineStartError: it cannot start; nothing is left running.
+        """
+        try:
+            await self._start_client()
+        except EngineDiedError as error:
+            await self.stop()
+            raise EngineStartError(str(error)) from error
+        except EngineStartError:
+            await self.stop()
+            raise
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def stop(self) -> None:
+        """End the engine; open requests fail."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+        if self._client is not None:
+            await self._client.stop()
+
+    async def generate(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
+        """See `core.protocols.Generator.generate`."""
+        client = self._client
+        if client is None or not client.is_ready:
+            raise BackendUnavailableError(f"the engine of {self._model} is starting; try again shortly")
+        async with contextlib.aclosing(client.generate(request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _start_client(self) -> None:
+        self._client = EngineClient(self._model, self._store_path, self._config, self._bus.publish)
+        await self._client.start()
+
+    async def _supervise(self) -> None:
+        backoff_s, started = _FIRST_BACKOFF_S, time.monotonic()
+        while True:
+            assert self._client is not None
+            reason = await self._client.wait_for_death()
+            await self._client.stop()
+            if time.monotonic() - started > _STABLE_S:
+                backoff_s = _FIRST_BACKOFF_S
+            logger.error("%s; starting another in %.1f s", reason, backoff_s)
+            self._bus.publish(EngineRestarted(model=self._model, reason=reason))
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
+            started = time.monotonic()
+            try:
+                await self._start_client()
+            except (EngineStartError, EngineDiedError) as error:
+                logger.error("the engine did not start: %s", error)

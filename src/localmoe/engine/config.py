@@ -1,0 +1,55 @@
+"""Settings of the native engine."""
+
+from dataclasses import dataclass, replace
+
+from localmoe.core.errors import EngineStartError
+from localmoe.core.model import ModelShape, WeightFormat
+
+_TYPICAL_TOKENS_PER_SEQUENCE = 2048
+"""What an automatic cache sets aside for each sequence that may run at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How one native engine serves. `resolve` settles what is left automatic."""
+
+    num_threads: int | None = None
+    """Compute threads; None: one per core."""
+    max_num_seqs: int = 64
+    """Most sequences in one step."""
+    max_num_batched_tokens: int = 512
+    """Most tokens in one step; longer prompts are computed in chunks of at most this many."""
+    max_num_queued: int = 1000
+    """Requests that may wait beyond those running; more are refused."""
+    block_tokens: int = 16
+    """Tokens per cache block, the grain of prefix reuse."""
+    kv_cache_bytes: int | None = None
+    """Keys and values of all sequences together; None: a quarter of the free memory, within reason."""
+    prefix_caching: bool = True
+    """Reuse the keys and values of prompts that begin alike."""
+
+    def resolve(self, shape: ModelShape, weights: WeightFormat, available_bytes: int) -> "EngineConfig":
+        """Replace an automatic `kv_cache_bytes` by a number that fits this model and machine.
+
+        Raises:
+            EngineStartError: the cache would not hold one sequence of the model's full context.
+        """
+        block_bytes = self.block_tokens * kv_bytes_per_token(shape, weights)
+        context_blocks = -(-shape.max_context_tokens // self.block_tokens)
+        if self.kv_cache_bytes is None:
+            useful_blocks = self.max_num_seqs * _TYPICAL_TOKENS_PER_SEQUENCE // self.block_tokens
+            affordable_blocks = available_bytes // 4 // block_bytes
+            num_blocks = max(context_blocks, min(useful_blocks, affordable_blocks))
+            return replace(self, kv_cache_bytes=num_blocks * block_bytes)
+        if self.kv_cache_bytes < context_blocks * block_bytes:
+            raise EngineStartError(
+                f"kv_cache_bytes is {self.kv_cache_bytes}, but one sequence of this model's "
+                f"{shape.max_context_tokens} tokens needs {context_blocks * block_bytes}"
+            )
+        return self
+
+
+def kv_bytes_per_token(shape: ModelShape, weights: WeightFormat) -> int:
+    """Keys and values of one token over all layers: float32 where weights are, else BF16."""
+    element_bytes = 4 if weights is WeightFormat.F32 else 2
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * element_bytes

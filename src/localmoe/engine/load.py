@@ -1,0 +1,56 @@
+"""From a store on disk to an engine that can step."""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from localmoe.core.model import WeightFormat
+from localmoe.core.request import Request, SamplingParams
+from localmoe.engine.block_pool import BlockPool
+from localmoe.engine.config import EngineConfig, kv_bytes_per_token
+from localmoe.engine.engine import Engine
+from localmoe.engine.executor import Executor
+from localmoe.engine.experts import ResidentExperts
+from localmoe.engine.kv_cache import KVCache
+from localmoe.engine.scheduler import Scheduler
+from localmoe.formats.store import Store
+from localmoe.models import architecture
+
+logger = logging.getLogger(__name__)
+
+
+def load_engine(model: str, store_path: Path, config: EngineConfig) -> Engine:
+    """Read a store's weights, expand them to the compute dtype (float32 or BF16), and set the engine up.
+
+    Args:
+        model: the name it is served under.
+        config: resolved, that is with a `kv_cache_bytes`.
+
+    Raises:
+        StoreError: the store is damaged.
+        EngineStartError: the configuration does not fit the model.
+    """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    store = Store.open(store_path)
+    shape = store.shape
+    config = config.resolve(shape, store.weights, available_bytes=0)
+    assert config.kv_cache_bytes is not None
+    dtype = torch.float32 if store.weights is WeightFormat.F32 else torch.bfloat16
+    dense = {name: store.read_dense(name).to(dtype) for name in store.dense_names}
+    experts = ResidentExperts(store, dtype)
+    decoder = architecture({"model_type": shape.model_type})(shape, dense, experts)
+    num_blocks = config.kv_cache_bytes // (config.block_tokens * kv_bytes_per_token(shape, store.weights))
+    cache = KVCache(shape, num_blocks, config.block_tokens, dtype)
+    pool = BlockPool(num_blocks)
+    logger.info("%s: %d cache blocks of %d tokens, %s", store_path, num_blocks, config.block_tokens, dtype)
+    return Engine(model, Scheduler(config, pool), Executor(decoder, cache), pool)
+
+
+def warm_up(engine: Engine) -> None:
+    """Run one short request, so that the first client does not pay for lazy initialisation."""
+    sampling = SamplingParams(max_tokens=2, temperature=0.0)
+    engine.scheduler.add(Request(id="warm-up", model="", prompt_ids=[0, 0], sampling=sampling))
+    while engine.scheduler.has_work:
+        engine.step()

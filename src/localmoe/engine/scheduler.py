@@ -1,0 +1,255 @@
+"""Which sequences run in a step, and with how many tokens: continuous batching (Yu et al., 2022, Orca).
+
+Every sequence has known tokens (its prompt and what was generated) and computed ones, whose keys and values are
+cached. A step brings some sequences closer to having all known tokens computed; one that gets there draws its
+next token. Prefill, decode and recomputation after a preemption are all this one rule. Sequences with a single
+token to go come first, so a long prompt, computed in chunks with what is left of the token budget, never holds
+up those who are generating (chunked prefill; Agrawal et al., 2023, Sarathi).
+
+Pure Python: no tensor, no clock, no I/O.
+"""
+
+import random
+from collections import deque
+from collections.abc import Mapping
+
+from localmoe.core.errors import OverloadedError
+from localmoe.core.plans import BatchPlan, SequenceStep, StepResult
+from localmoe.core.request import FinishReason, Request, RequestFailed, TokenChunk, TokenLogprob, Usage
+from localmoe.engine.block_pool import ROOT, BlockPool, block_name
+from localmoe.engine.config import EngineConfig
+
+
+class _Sequence:
+    """A request on its way. Mutable, and owned by the scheduler alone."""
+
+    def __init__(self, sequence_id: int, request: Request) -> None:
+        self.id = sequence_id
+        self.request = request
+        seed = request.sampling.seed
+        self.seed = random.getrandbits(63) if seed is None else seed
+        self.prompt_ids = request.prompt_ids
+        self.output_ids: list[int] = []
+        self.num_computed = 0
+        self.num_cached = 0
+        self.blocks: list[int] = []
+        self.names: list[bytes] = []
+        """Names of the leading blocks that are full and computed."""
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.sent_any = False
+
+    @property
+    def num_known(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_to_compute(self) -> int:
+        return self.num_known - self.num_computed
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        split = len(self.prompt_ids)
+        return self.prompt_ids[start:end] + self.output_ids[max(start - split, 0) : max(end - split, 0)]
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.request.sampling.prompt_logprobs is not None and not self.sent_any
+
+
+class Scheduler:
+    """Waiting and running sequences, and their cache blocks.
+
+    Args:
+        config: limits of a step and of the queue.
+        pool: the cache's blocks; the scheduler is their only user.
+    """
+
+    def __init__(self, config: EngineConfig, pool: BlockPool) -> None:
+        self._config = config
+        self._pool = pool
+        self._waiting: deque[_Sequence] = deque()
+        self._running: list[_Sequence] = []
+        self._by_request: dict[str, _Sequence] = {}
+        self._next_id = 0
+        self.prefix_queries_tokens = 0
+        self.prefix_hits_tokens = 0
+        self.num_preemptions = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            OverloadedError: the queue is full.
+        """
+        if len(self._waiting) >= self._config.max_num_queued:
+            raise OverloadedError(f"the engine's queue is full ({self._config.max_num_queued} requests)")
+        sequence = _Sequence(self._next_id, request)
+        self._next_id += 1
+        self._by_request[request.id] = sequence
+        self._waiting.append(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request and free what it held; unknown ids are those that finished meanwhile."""
+        sequence = self._by_request.get(request_id)
+        if sequence is not None:
+            self._remove(sequence)
+
+    def schedule(self) -> BatchPlan | None:
+        """Decide the next step, or None when nothing waits. Takes the blocks that the step writes to."""
+        steps: dict[int, SequenceStep] = {}
+        budget, preemptions_before = self._config.max_num_batched_tokens, self.num_preemptions
+        for sequence in sorted(self._running, key=lambda s: s.num_to_compute > 1):
+            count = min(sequence.num_to_compute, budget)
+            if count == 0 or sequence not in self._running:
+                continue
+            if self._make_room(sequence, count, steps):
+                steps[sequence.id] = self._step(sequence, count)
+                budget -= count
+        preempted = self.num_preemptions > preemptions_before
+        while self._waiting and budget > 0 and not preempted and self.num_running < self._config.max_num_seqs:
+            count = self._admit(self._waiting[0], budget)
+            if count == 0:
+                break
+            sequence = self._waiting.popleft()
+            self._running.append(sequence)
+            steps[sequence.id] = self._step(sequence, count)
+            budget -= count
+        return BatchPlan(sequences=tuple(steps.values())) if steps else None
+
+    def update(self, plan: BatchPlan, results: Mapping[int, StepResult]) -> list[TokenChunk | RequestFailed]:
+        """Take over what a step computed; returns what its requests get to see, finished ones included."""
+        outputs: list[TokenChunk | RequestFailed] = []
+        running = {sequence.id: sequence for sequence in self._running}
+        for step in plan.sequences:
+            sequence, result = running[step.sequence_id], results[step.sequence_id]
+            if result.fault is not None:
+                self._remove(sequence)
+                outputs.append(RequestFailed(request_id=sequence.request.id, message=result.fault))
+                continue
+            sequence.num_computed += len(step.token_ids)
+            sequence.prompt_logprobs += result.prompt_logprobs
+            self._publish_full_blocks(sequence)
+            if sequence.num_to_compute == 0:
+                outputs.append(self._advance(sequence, result))
+        return outputs
+
+    def fail(self, plan: BatchPlan, message: str) -> list[TokenChunk | RequestFailed]:
+        """Drop every sequence of a step that could not be computed."""
+        return self.update(plan, {step.sequence_id: StepResult(fault=message) for step in plan.sequences})
+
+    def _advance(self, sequence: _Sequence, result: StepResult) -> TokenChunk:
+        """All known tokens are computed: append the drawn one, and see whether it is the last."""
+        sampling = sequence.request.sampling
+        token_id, finish = result.token_id, None
+        if token_id is not None:
+            sequence.output_ids.append(token_id)
+            if token_id in sampling.stop_token_ids:
+                finish = FinishReason.STOP
+        if finish is None and len(sequence.output_ids) >= sampling.max_tokens:
+            finish = FinishReason.LENGTH
+        scores = sequence.prompt_logprobs if sequence.scores_prompt else None
+        sequence.sent_any, sequence.prompt_logprobs = True, []
+        usage = None
+        if finish is not None:
+            self._remove(sequence)
+            usage = Usage(
+                prompt_tokens=len(sequence.prompt_ids),
+                completion_tokens=len(sequence.output_ids),
+                cached_tokens=sequence.num_cached,
+            )
+        return TokenChunk(
+            request_id=sequence.request.id,
+            token_ids=[] if token_id is None else [token_id],
+            logprobs=[] if result.logprob is None else [result.logprob],
+            prompt_logprobs=scores,
+            finish_reason=finish,
+            usage=usage,
+        )
+
+    def _step(self, sequence: _Sequence, count: int) -> SequenceStep:
+        start, sampling = sequence.num_computed, sequence.request.sampling
+        return SequenceStep(
+            sequence_id=sequence.id,
+            token_ids=tuple(sequence.tokens(start, start + count)),
+            start=start,
+            block_table=tuple(sequence.blocks),
+            samples=count == sequence.num_to_compute and sampling.max_tokens > 0,
+            sampling=sampling,
+            seed=sequence.seed,
+            history=(sequence.prompt_ids, sequence.output_ids),
+            scores_prompt=sequence.scores_prompt,
+        )
+
+    def _admit(self, sequence: _Sequence, budget: int) -> int:
+        """Give a waiting sequence its known prefix and the blocks of its first chunk; 0 if there are too few."""
+        known = sequence.tokens(0, sequence.num_known)
+        # At least the last known token is computed anew: its logits are needed. Scoring needs all of them.
+        reusable = self._config.prefix_caching and not sequence.scores_prompt
+        prefix = self._pool.find_prefix(known[:-1], self._config.block_tokens) if reusable else []
+        num_found = len(prefix) * self._config.block_tokens
+        count = min(len(known) - num_found, budget)
+        needed = self._num_blocks(num_found + count) - len(prefix)
+        if needed + self._pool.num_unused(prefix) > self._pool.num_free:
+            return 0
+        self._pool.refer(prefix)
+        sequence.blocks = prefix + self._pool.allocate(needed)
+        sequence.num_computed = num_found
+        sequence.names = []
+        self._publish_full_blocks(sequence)
+        if not sequence.sent_any:
+            sequence.num_cached = num_found
+            self.prefix_queries_tokens += len(known)
+            self.prefix_hits_tokens += num_found
+        return count
+
+    def _make_room(self, sequence: _Sequence, count: int, steps: dict[int, SequenceStep]) -> bool:
+        """Give a running sequence the blocks for `count` more tokens, preempting the youngest if need be."""
+        needed = self._num_blocks(sequence.num_computed + count) - len(sequence.blocks)
+        while needed > self._pool.num_free:
+            youngest = self._running[-1]
+            self._preempt(youngest)
+            steps.pop(youngest.id, None)
+            if youngest is sequence:
+                return False
+        sequence.blocks += self._pool.allocate(needed)
+        return True
+
+    def _preempt(self, sequence: _Sequence) -> None:
+        """Back to the head of the queue; recomputed later, mostly from its own still cached blocks."""
+        self._running.remove(sequence)
+        self._release(sequence)
+        self._waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _remove(self, sequence: _Sequence) -> None:
+        (self._running if sequence in self._running else self._waiting).remove(sequence)
+        del self._by_request[sequence.request.id]
+        self._release(sequence)
+
+    def _release(self, sequence: _Sequence) -> None:
+        self._pool.free(sequence.blocks)
+        sequence.blocks, sequence.names, sequence.num_computed = [], [], 0
+        if sequence.scores_prompt:
+            sequence.prompt_logprobs = []
+
+    def _publish_full_blocks(self, sequence: _Sequence) -> None:
+        size = self._config.block_tokens
+        while (len(sequence.names) + 1) * size <= sequence.num_computed:
+            index = len(sequence.names)
+            parent = sequence.names[-1] if sequence.names else ROOT
+            sequence.names.append(block_name(parent, sequence.tokens(index * size, (index + 1) * size)))
+            self._pool.publish(sequence.blocks[index], sequence.names[-1])
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._config.block_tokens)

@@ -1,0 +1,95 @@
+"""Reads the numbers of a `config.json` and refuses what no decoder here computes."""
+
+from typing import Any
+
+from localmoe.core.errors import CheckpointError
+from localmoe.core.model import ModelShape, RopeScaling
+
+_LARGEST = 1 << 24
+"""No size in a language model's configuration comes near this; larger ones are damage or malice."""
+
+
+class ConfigReader:
+    """Typed, bounded access to a checkpoint's configuration; every error names the key and its value."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._config = config
+
+    def fail(self, key: str, allowed: str) -> CheckpointError:
+        return CheckpointError(f"config.json: {key} is {self._config.get(key)!r}; {allowed}")
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self._config.get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST:
+            raise self.fail(key, f"it must be an integer from 1 to {_LARGEST}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self._config.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
+            raise self.fail(key, "it must be a positive number")
+        return float(value)
+
+    def require(self, key: str, *allowed: object) -> None:
+        """Refuses a key whose value would change the arithmetic; an absent key means the first allowed value."""
+        if self._config.get(key, allowed[0]) not in allowed:
+            raise self.fail(key, f"supported: {', '.join(map(repr, allowed))}")
+
+    def rope(self) -> tuple[float, RopeScaling | None]:
+        """(theta, scaling) from either generation of keys: `rope_parameters`, or `rope_theta` + `rope_scaling`."""
+        parameters = self._config.get("rope_parameters") or self._config.get("rope_scaling") or {}
+        if not isinstance(parameters, dict):
+            raise self.fail("rope_parameters", "it must be an object")
+        nested = ConfigReader({"rope_theta": self._config.get("rope_theta", 1e4)} | parameters)
+        theta = nested.number("rope_theta", 1e4)
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind == "default":
+            return theta, None
+        if kind != "llama3":
+            raise CheckpointError(
+                f"config.json: rope type {kind!r} is not supported; supported: 'default', 'llama3'"
+            )
+        return theta, RopeScaling(
+            factor=nested.number("factor", 8.0),
+            low_freq_factor=nested.number("low_freq_factor", 1.0),
+            high_freq_factor=nested.number("high_freq_factor", 4.0),
+            original_max_position=nested.size("original_max_position_embeddings"),
+        )
+
+
+def llama_family_shape(config: dict[str, Any], *, num_experts: int, top_k: int) -> ModelShape:
+    """The sizes that all descendants of Llama spell alike.
+
+    Raises:
+        CheckpointError: a size is missing or absurd, or sizes do not fit each other.
+    """
+    read = ConfigReader(config)
+    read.require("hidden_act", "silu")
+    read.require("attention_bias", False, None)
+    theta, scaling = read.rope()
+    heads = read.size("num_attention_heads")
+    kv_heads = read.size("num_key_value_heads", heads)
+    head_dim = read.size("head_dim", max(read.size("hidden_size") // heads, 1))
+    if heads % kv_heads:
+        raise read.fail("num_key_value_heads", f"it must divide num_attention_heads ({heads})")
+    if head_dim % 2:
+        raise CheckpointError(f"config.json: the head size {head_dim} is odd; rotary embedding pairs its elements")
+    return ModelShape(
+        model_type=config["model_type"],
+        num_layers=read.size("num_hidden_layers"),
+        hidden_size=read.size("hidden_size"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        num_experts=num_experts,
+        top_k=top_k,
+        expert_size=read.size("intermediate_size"),
+        vocab_size=read.size("vocab_size"),
+        max_context_tokens=read.size("max_position_embeddings"),
+        rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+    )

@@ -1,0 +1,234 @@
+"""Scheduling policy on its own: no model, every token is whatever the test says."""
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from localmoe.core.errors import OverloadedError
+from localmoe.core.plans import BatchPlan, StepResult
+from localmoe.core.request import FinishReason, Request, RequestFailed, SamplingParams, TokenChunk, TokenLogprob
+from localmoe.engine.block_pool import BlockPool
+from localmoe.engine.config import EngineConfig
+from localmoe.engine.scheduler import Scheduler
+
+
+def make(num_blocks: int = 100, **config: Any) -> tuple[Scheduler, BlockPool]:
+    pool = BlockPool(num_blocks)
+    return Scheduler(EngineConfig(block_tokens=4, **config), pool), pool
+
+
+def request(name: str, prompt: int | list[int], max_tokens: int = 4, **sampling: Any) -> Request:
+    prompt_ids = list(range(prompt)) if isinstance(prompt, int) else prompt
+    return Request(
+        id=name, model="m", prompt_ids=prompt_ids, sampling=SamplingParams(max_tokens=max_tokens, **sampling)
+    )
+
+
+def run(scheduler: Scheduler, plan: BatchPlan, token: int = 7) -> list[TokenChunk | RequestFailed]:
+    """Pretend to compute a plan; every draw gives `token`."""
+    return scheduler.update(
+        plan, {s.sequence_id: StepResult(token_id=token if s.samples else None) for s in plan.sequences}
+    )
+
+
+def finish_all(scheduler: Scheduler) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {}
+    while (plan := scheduler.schedule()) is not None:
+        for chunk in run(scheduler, plan):
+            assert isinstance(chunk, TokenChunk)
+            tokens.setdefault(chunk.request_id, []).extend(chunk.token_ids)
+    assert not scheduler.has_work
+    return tokens
+
+
+def test_a_request_prefills_decodes_and_frees_its_blocks() -> None:
+    scheduler, pool = make()
+    scheduler.add(request("a", 6, max_tokens=3))
+    plan = scheduler.schedule()
+    assert plan is not None
+    [step] = plan.sequences
+    assert (step.token_ids, step.start, step.samples) == ((0, 1, 2, 3, 4, 5), 0, True)
+    [first] = run(scheduler, plan)
+    assert isinstance(first, TokenChunk)
+    assert (first.token_ids, first.finish_reason) == ([7], None)
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert (plan.sequences[0].token_ids, plan.sequences[0].start) == ((7,), 6)
+    run(scheduler, plan)
+    plan = scheduler.schedule()
+    assert plan is not None
+    [last] = run(scheduler, plan)
+    assert isinstance(last, TokenChunk)
+    assert last.finish_reason is FinishReason.LENGTH
+    assert last.usage is not None
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (6, 3)
+    assert pool.num_free == pool.num_blocks
+
+
+def test_stop_tokens_end_a_sequence() -> None:
+    scheduler, _ = make()
+    scheduler.add(request("a", 3, stop_token_ids=(9,)))
+    plan = scheduler.schedule()
+    assert plan is not None
+    [chunk] = run(scheduler, plan, token=9)
+    assert isinstance(chunk, TokenChunk)
+    assert (chunk.token_ids, chunk.finish_reason) == ([9], FinishReason.STOP)
+
+
+def test_a_long_prompt_is_chunked_and_never_holds_up_decoding() -> None:
+    scheduler, _ = make(max_num_batched_tokens=8)
+    scheduler.add(request("short", 2, max_tokens=20))
+    plan = scheduler.schedule()
+    assert plan is not None
+    run(scheduler, plan)
+    scheduler.add(request("long", 20))
+    chunks = []
+    for _ in range(3):
+        plan = scheduler.schedule()
+        assert plan is not None
+        assert plan.num_tokens <= 8
+        assert len(plan.sequences[0].token_ids) == 1, "the decoding sequence runs in every step"
+        chunks.append(len(plan.sequences[1].token_ids))
+        run(scheduler, plan)
+    assert chunks == [7, 7, 6]
+
+
+def test_equal_prefixes_are_computed_once() -> None:
+    scheduler, pool = make()
+    scheduler.add(request("a", 10))
+    finish_all(scheduler)
+    scheduler.add(request("b", 10))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.sequences[0].start == 8
+    finish_all_after = run(scheduler, plan)
+    assert finish_all_after
+    finish_all(scheduler)
+    assert scheduler.prefix_hits_tokens == 8
+    assert pool.num_free == pool.num_blocks
+
+
+def test_a_fully_known_prompt_still_computes_its_last_token() -> None:
+    scheduler, _ = make()
+    scheduler.add(request("a", 8, max_tokens=1))
+    finish_all(scheduler)
+    scheduler.add(request("b", 8, max_tokens=1))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert (plan.sequences[0].start, len(plan.sequences[0].token_ids)) == (4, 4)
+
+
+def test_prefix_caching_can_be_switched_off() -> None:
+    scheduler, _ = make(prefix_caching=False)
+    for name in "ab":
+        scheduler.add(request(name, 10))
+        finish_all(scheduler)
+    assert scheduler.prefix_hits_tokens == 0
+
+
+def test_scoring_a_prompt_computes_all_of_it_and_reports_once() -> None:
+    scheduler, _ = make(max_num_batched_tokens=4)
+    scheduler.add(request("warm", 10))
+    finish_all(scheduler)
+    scheduler.add(request("a", 10, max_tokens=0, prompt_logprobs=0))
+    scores: list[TokenLogprob] = []
+    while (plan := scheduler.schedule()) is not None:
+        [step] = plan.sequences
+        assert step.scores_prompt
+        assert not step.samples
+        here = [
+            TokenLogprob(t, -1.0, 1, [])
+            for t in range(step.start + 1, min(step.start + len(step.token_ids), 9) + 1)
+        ]
+        out = scheduler.update(plan, {step.sequence_id: StepResult(prompt_logprobs=tuple(here))})
+        for chunk in out:
+            assert isinstance(chunk, TokenChunk)
+            assert chunk.finish_reason is FinishReason.LENGTH
+            scores = chunk.prompt_logprobs or []
+    assert [score.token_id for score in scores] == list(range(1, 10))
+
+
+def test_when_blocks_run_out_the_youngest_is_recomputed_later() -> None:
+    scheduler, pool = make(num_blocks=5, prefix_caching=False)
+    scheduler.add(request("old", [1] * 6, max_tokens=12))
+    scheduler.add(request("young", [2] * 6, max_tokens=12))
+    tokens = finish_all(scheduler)
+    assert scheduler.num_preemptions > 0
+    assert tokens == {"old": [7] * 12, "young": [7] * 12}
+    assert pool.num_free == pool.num_blocks
+
+
+def test_a_full_queue_refuses() -> None:
+    scheduler, _ = make(max_num_queued=1)
+    scheduler.add(request("a", 3))
+    with pytest.raises(OverloadedError, match="1 requests"):
+        scheduler.add(request("b", 3))
+
+
+def test_a_failed_step_costs_its_own_requests_only() -> None:
+    scheduler, pool = make(max_num_seqs=1)
+    scheduler.add(request("a", 3))
+    scheduler.add(request("b", 3))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert scheduler.fail(plan, "out of memory") == [RequestFailed(request_id="a", message="out of memory")]
+    assert list(finish_all(scheduler)) == ["b"]
+    assert pool.num_free == pool.num_blocks
+
+
+def test_cancelling_frees_blocks_wherever_the_request_is() -> None:
+    scheduler, pool = make(max_num_seqs=1)
+    scheduler.add(request("running", 9))
+    scheduler.add(request("waiting", 9))
+    plan = scheduler.schedule()
+    assert plan is not None
+    run(scheduler, plan)
+    scheduler.cancel("waiting")
+    scheduler.cancel("running")
+    scheduler.cancel("never heard of")
+    assert not scheduler.has_work
+    assert pool.num_free == pool.num_blocks
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32), st.integers(6, 30), st.booleans())
+def test_random_traffic_loses_nothing(seed: int, num_blocks: int, prefix_caching: bool) -> None:
+    """Whatever arrives, is cancelled or fails: every other request gets all its tokens, every block comes back."""
+    rng = random.Random(seed)
+    scheduler, pool = make(
+        num_blocks=num_blocks,
+        prefix_caching=prefix_caching,
+        max_num_batched_tokens=rng.randint(1, 12),
+        max_num_seqs=4,
+    )
+    wanted, got, gone = {}, {}, set()
+    for i in range(12):
+        length, max_tokens = rng.randint(1, 12), rng.randint(1, 10)
+        name = f"r{i}"
+        wanted[name] = max_tokens
+        got[name] = 0
+        scheduler.add(request(name, [rng.randint(0, 1) for _ in range(length)], max_tokens=max_tokens))
+        for _ in range(rng.randint(0, 6)):
+            plan = scheduler.schedule()
+            if plan is None:
+                break
+            assert plan.num_tokens <= 12
+            outputs = (
+                scheduler.fail(plan, "boom") if rng.random() < 0.03 else run(scheduler, plan, rng.randint(0, 1))
+            )
+            for output in outputs:
+                if isinstance(output, RequestFailed):
+                    gone.add(output.request_id)
+                else:
+                    got[output.request_id] += len(output.token_ids)
+        if rng.random() < 0.2:
+            victim = f"r{rng.randint(0, i)}"
+            gone.add(victim)
+            scheduler.cancel(victim)
+    for name, tokens in finish_all(scheduler).items():
+        got[name] += len(tokens)
+    assert all(got[name] == wanted[name] for name in wanted if name not in gone)
+    assert pool.num_free == pool.num_blocks
