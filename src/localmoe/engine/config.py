@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from localmoe.core.errors import EngineStartError
-from localmoe.core.model import ModelShape, WeightFormat
+from localmoe.core.model import ModelShape
 
 _TYPICAL_TOKENS_PER_SEQUENCE = 2048
 """What an automatic cache sets aside for each sequence that may run at once."""
@@ -28,13 +28,13 @@ class EngineConfig:
     prefix_caching: bool = True
     """Reuse the keys and values of prompts that begin alike."""
 
-    def resolve(self, shape: ModelShape, weights: WeightFormat, available_bytes: int) -> "EngineConfig":
+    def resolve(self, shape: ModelShape, available_bytes: int) -> "EngineConfig":
         """Replace an automatic `kv_cache_bytes` by a number that fits this model and machine.
 
         Raises:
             EngineStartError: the cache would not hold one sequence of the model's full context.
         """
-        block_bytes = self.block_tokens * kv_bytes_per_token(shape, weights)
+        block_bytes = self.block_tokens * kv_bytes_per_token(shape)
         context_blocks = -(-shape.max_context_tokens // self.block_tokens)
         if self.kv_cache_bytes is None:
             useful_blocks = self.max_num_seqs * _TYPICAL_TOKENS_PER_SEQUENCE // self.block_tokens
@@ -49,7 +49,6 @@ class EngineConfig:
         return self
 
 
-def kv_bytes_per_token(shape: ModelShape, weights: WeightFormat) -> int:
-    """Keys and values of one token over all layers: float32 where weights are, else BF16."""
-    element_bytes = 4 if weights is WeightFormat.F32 else 2
-    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * element_bytes
+def kv_bytes_per_token(shape: ModelShape) -> int:
+    """Keys and values of one token over all layers, in float32."""
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 4

@@ -9,25 +9,24 @@ from localmoe.kernels import reference as kernels
 
 
 class ResidentExperts:
-    """Every expert of a store, expanded to the compute dtype at start.
+    """Every expert of a store, expanded to float32 at start.
 
     Args:
         store: each blob's checksum is verified as it is read.
-        dtype: to compute in.
 
     Raises:
         StoreError: a blob is damaged or cannot be read.
     """
 
-    def __init__(self, store: Store, dtype: torch.dtype) -> None:
+    def __init__(self, store: Store) -> None:
         shape = store.shape
         self._gate_up: list[Tensor] = []
         self._down: list[Tensor] = []
         for layer in range(shape.num_layers):
-            gate_up = torch.empty(shape.num_experts, 2 * shape.expert_size, shape.hidden_size, dtype=dtype)
-            down = torch.empty(shape.num_experts, shape.hidden_size, shape.expert_size, dtype=dtype)
+            gate_up = torch.empty(shape.num_experts, 2 * shape.expert_size, shape.hidden_size)
+            down = torch.empty(shape.num_experts, shape.hidden_size, shape.expert_size)
             for expert in range(shape.num_experts):
-                gate, up, down_DF = store.read_expert(ExpertId(layer, expert)).dequantize(dtype)
+                gate, up, down_DF = store.read_expert(ExpertId(layer, expert)).dequantize(torch.float32)
                 gate_up[expert, : shape.expert_size] = gate
                 gate_up[expert, shape.expert_size :] = up
                 down[expert] = down_DF

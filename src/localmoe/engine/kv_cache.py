@@ -10,12 +10,12 @@ from localmoe.kernels.reference import PagedBatch, paged_attention
 
 
 class KVCache:
-    """Blocks of keys and values for every layer, [N blocks, B tokens, G heads, d]."""
+    """Blocks of keys and values for every layer, float32 [N blocks, B tokens, G heads, d]."""
 
-    def __init__(self, shape: ModelShape, num_blocks: int, block_tokens: int, dtype: torch.dtype) -> None:
+    def __init__(self, shape: ModelShape, num_blocks: int, block_tokens: int) -> None:
         self.block_tokens = block_tokens
         size = (shape.num_layers, num_blocks, block_tokens, shape.num_kv_heads, shape.head_dim)
-        self._keys, self._values = _lazy_zeros(size, dtype), _lazy_zeros(size, dtype)
+        self._keys, self._values = _lazy_zeros(size), _lazy_zeros(size)
 
     def attend(self, batch: PagedBatch, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
         """Store the step's keys and values, then attend over everything cached; [T, H, d]."""
@@ -59,7 +59,6 @@ def place(steps: list[SequenceStep], block_tokens: int) -> PagedBatch:
     )
 
 
-def _lazy_zeros(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _lazy_zeros(size: tuple[int, ...]) -> Tensor:
     """Zeros whose pages come at first touch: NumPy allocates with calloc, torch would write them all."""
-    num_bytes = int(np.prod(size)) * dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(size)
+    return torch.from_numpy(np.zeros(size, np.float32))

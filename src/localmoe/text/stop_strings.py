@@ -1,0 +1,51 @@
+"""Ends an answer at a stop string, wherever token borders fall."""
+
+from collections.abc import Sequence
+
+
+class StopStringDetector:
+    """Passes text on until a stop string is complete; holds back what may still become one.
+
+    The match that is complete first wins, and of those that end together the longest. The result does not
+    depend on how the text is cut into pieces.
+
+    Args:
+        stops: no empty strings.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        assert all(stops)
+        self._stops = tuple(stops)
+        self._held = ""
+        self.matched: str | None = None
+        """The stop string that ended the text."""
+
+    def push(self, text: str) -> str:
+        """Text that is certainly before any stop string. Nothing more may be pushed after a match."""
+        assert self.matched is None
+        if not self._stops:
+            return text
+        buffer = self._held + text
+        matches = [(start + len(stop), start, stop) for stop in self._stops if (start := buffer.find(stop)) >= 0]
+        if matches:
+            _, start, self.matched = min(matches)
+            self._held = ""
+            return buffer[:start]
+        keep = min(self._possible_start(buffer, stop) for stop in self._stops)
+        self._held = buffer[keep:]
+        return buffer[:keep]
+
+    def flush(self) -> str:
+        """The text held back, when nothing follows."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _possible_start(buffer: str, stop: str) -> int:
+        """Where the longest end of `buffer` begins that is a beginning of `stop`."""
+        start = buffer.find(stop[0], max(0, len(buffer) - len(stop) + 1))
+        while start >= 0:
+            if stop.startswith(buffer[start:]):
+                return start
+            start = buffer.find(stop[0], start + 1)
+        return len(buffer)
