@@ -10,14 +10,19 @@ from typing import Any
 
 import torch
 import transformers
-from support.tiny_text import write_tiny_text
+
+from support.tiny_text import tiny_byte_level_tokenizer, write_tiny_text_model
 
 CONTEXT_TOKENS = 1024
 
 
-def write_checkpoint(directory: Path, model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a `mixtral` (8 experts, top-2) or `llama` checkpoint with a tokenizer and chat template; returns it."""
-    vocab_size = write_tiny_text(directory)
+def write_checkpoint(
+    directory: Path, model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write a `mixtral` (8 experts, top-2) or `llama` checkpoint with a tokenizer and chat template; returns
+    its directory."""
+    write_tiny_text_model(directory)
+    vocab_size = tiny_byte_level_tokenizer().get_vocab_size()
     sizes: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": 64,
@@ -32,7 +37,9 @@ def write_checkpoint(directory: Path, model_type: str, *, seed: int = 0, dtype: 
     }
     config: transformers.PretrainedConfig
     if model_type == "mixtral":
-        config = transformers.MixtralConfig(**sizes, num_local_experts=8, num_experts_per_tok=2, sliding_window=None)
+        config = transformers.MixtralConfig(
+            **sizes, num_local_experts=8, num_experts_per_tok=2, sliding_window=None
+        )
     else:
         rope = {
             "rope_type": "llama3",

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 from localmoe.core.errors import BackendUnavailableError, EngineDiedError, EngineStartError
@@ -27,14 +27,24 @@ class NativeBackend:
     Args:
         model: the name it is served under.
         store_path: the weights.
-        config: engine settings, resolved.
+        config: engine settings.
+        available_memory: asked before each start for the bytes that the engine may count on.
         bus: where engine states and restarts are published.
     """
 
-    def __init__(self, *, model: str, store_path: Path, config: EngineConfig, bus: EventBus) -> None:
+    def __init__(
+        self,
+        *,
+        model: str,
+        store_path: Path,
+        config: EngineConfig,
+        available_memory: Callable[[], int],
+        bus: EventBus,
+    ) -> None:
         self._model = model
         self._store_path = store_path
         self._config = config
+        self._available_memory = available_memory
         self._bus = bus
         self._client: EngineClient | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -83,7 +93,13 @@ class NativeBackend:
                 yield chunk
 
     async def _start_client(self) -> None:
-        self._client = EngineClient(self._model, self._store_path, self._config, self._bus.publish)
+        self._client = EngineClient(
+            model=self._model,
+            store_path=self._store_path,
+            config=self._config,
+            available_memory_bytes=self._available_memory(),
+            on_state=self._bus.publish,
+        )
         await self._client.start()
 
     async def _supervise(self) -> None:

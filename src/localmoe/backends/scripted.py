@@ -6,6 +6,7 @@ probabilities: the recited token is always reported at -0.5 and the alternatives
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from localmoe.core.errors import BackendUnavailableError, LocalMoEError
@@ -63,8 +64,9 @@ class ScriptedBackend:
             raise BackendUnavailableError("the scripted backend is not started")
         self.num_running += 1
         try:
-            async for chunk in self._recite(request):
-                yield chunk
+            async with aclosing(self._recite(request)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         except (asyncio.CancelledError, GeneratorExit):
             self.num_cancelled += 1
             raise
@@ -80,12 +82,12 @@ class ScriptedBackend:
             prompt_logprobs = [_logprob(token_id, top) for token_id in request.prompt_ids[1:]]
         if not answer or sampling.max_tokens == 0:
             await self._pause(0)
-            reason = FinishReason.LENGTH if sampling.max_tokens == 0 else FinishReason.STOP
-            yield self._chunk(request, [], 0, reason, prompt_logprobs)
+            nothing = FinishReason.LENGTH if sampling.max_tokens == 0 else FinishReason.STOP
+            yield self._chunk(request, [], 0, nothing, prompt_logprobs)
             return
         for index, token_id in enumerate(answer):
             await self._pause(index)
-            reason = None
+            reason: FinishReason | None = None
             if token_id in sampling.stop_token_ids or index + 1 == len(answer):
                 reason = FinishReason.STOP
             elif index + 1 == sampling.max_tokens:

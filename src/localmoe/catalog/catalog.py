@@ -20,6 +20,9 @@ from localmoe.formats.json_file import MAX_JSON_BYTES, read_json_object
 if TYPE_CHECKING:
     from localmoe.formats.checkpoint import Checkpoint
 
+DEMO_NAME = "smollm2-8x135m"
+"""The model that `catalog.demo` makes, and that is served when none is named."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _REQUIRED_FILES = ("config.json", "tokenizer.json")
@@ -85,6 +88,19 @@ class Catalog:
         else:
             advice = "there are none yet; make the demo model with: localmoe models build-demo"
         raise ModelNotFoundError(f"model {name!r:.100} is not in {self.models_path}; {advice}")
+
+    def context_tokens(self, name: str) -> int:
+        """The longest sequence the model was made for.
+
+        Raises:
+            ModelNotFoundError: no such model.
+            CheckpointError: its configuration does not say.
+        """
+        path = self.path(name) / "config.json"
+        tokens = read_json_object(path).get("max_position_embeddings")
+        if type(tokens) is not int or tokens < 1:
+            raise CheckpointError(f"{path}: max_position_embeddings is {tokens!r}; it must be a positive integer")
+        return tokens
 
     def new_path(self, name: str) -> Path:
         """Where a model of this name would be. Raises ModelBuildError if it is not a name."""
@@ -203,6 +219,7 @@ def write_model_store(
     checkpoint: "Checkpoint", directory: Path, weights: WeightFormat, on_progress: Progress
 ) -> None:
     """Write `stores/<weights>.store` in a model's directory, out of a checkpoint that may be elsewhere."""
+    from localmoe.catalog.threads import one_thread
     from localmoe.formats.convert import write_store
     from localmoe.models import architecture
 
@@ -211,7 +228,8 @@ def write_model_store(
     path = directory / "stores" / f"{weights}.store"
     path.parent.mkdir(exist_ok=True)
     on_store = partial(on_progress, f"writing {path.name}")
-    write_store(checkpoint, decoder.tensor_names(shape), shape, weights, path, on_store)
+    with one_thread():
+        write_store(checkpoint, decoder.tensor_names(shape), shape, weights, path, on_store)
 
 
 def _entry(directory: Path) -> ModelEntry:

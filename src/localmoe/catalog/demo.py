@@ -33,7 +33,7 @@ DEMO_SOURCE = PinnedFile(
 UPCYCLING_FILE = "upcycling.json"
 NUM_EXPERTS = 8
 TOP_K = 2
-_FITTING_WINDOWS = 24
+_FITTING_WINDOWS = 32
 _HELD_OUT_WINDOWS = 8
 _SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
 """What the authors of SmolLM2-Instruct recommend."""

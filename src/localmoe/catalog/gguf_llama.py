@@ -31,31 +31,31 @@ def llama_config(file: GGUFFile) -> dict[str, Any]:
     Raises:
         CheckpointError: not a Llama model, or a number of its architecture is missing.
     """
-    if (kind := _get(file, "general.architecture")) != "llama":
-        raise CheckpointError(f"{file.path}: holds a {kind!r:.40} model; only llama is read from GGUF")
-    heads = _get(file, "llama.attention.head_count")
-    hidden_size = _get(file, "llama.embedding_length")
+    if (architecture := file.value("general.architecture", str)) != "llama":
+        raise CheckpointError(f"{file.path}: holds a {architecture!r:.40} model; only llama is read from GGUF")
+    hidden_size = file.value("llama.embedding_length", int)
+    heads = file.value("llama.attention.head_count", int)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "attention_bias": False,
-        "bos_token_id": _get(file, "tokenizer.ggml.bos_token_id"),
-        "eos_token_id": _get(file, "tokenizer.ggml.eos_token_id"),
-        "pad_token_id": file.metadata.get("tokenizer.ggml.padding_token_id"),
+        "bos_token_id": file.value("tokenizer.ggml.bos_token_id", int),
+        "eos_token_id": file.value("tokenizer.ggml.eos_token_id", int),
+        "pad_token_id": file.value("tokenizer.ggml.padding_token_id", int),
         "head_dim": file.metadata.get("llama.rope.dimension_count", hidden_size // heads),
         "hidden_act": "silu",
         "hidden_size": hidden_size,
-        "intermediate_size": _get(file, "llama.feed_forward_length"),
-        "max_position_embeddings": _get(file, "llama.context_length"),
+        "intermediate_size": file.value("llama.feed_forward_length", int),
+        "max_position_embeddings": file.value("llama.context_length", int),
         "num_attention_heads": heads,
-        "num_hidden_layers": _get(file, "llama.block_count"),
+        "num_hidden_layers": file.value("llama.block_count", int),
         "num_key_value_heads": file.metadata.get("llama.attention.head_count_kv", heads),
         # Stored as float32; the shortest decimal that means the same is what the author wrote.
-        "rms_norm_eps": float(f"{_get(file, 'llama.attention.layer_norm_rms_epsilon'):.6g}"),
-        "rope_theta": float(file.metadata.get("llama.rope.freq_base", 10000.0)),
+        "rms_norm_eps": float(f"{file.value('llama.attention.layer_norm_rms_epsilon', float):.6g}"),
+        "rope_theta": file.metadata.get("llama.rope.freq_base", 10000.0),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "torch_dtype": "bfloat16",
-        "vocab_size": _get(file, "llama.vocab_size"),
+        "vocab_size": file.value("llama.vocab_size", int),
     }
 
 
@@ -90,9 +90,3 @@ def half_split(weight: Tensor, num_heads: int) -> Tensor:
     num_rows, num_columns = weight.shape
     pairs = weight.view(num_heads, num_rows // num_heads // 2, 2, num_columns)
     return pairs.transpose(1, 2).reshape(num_rows, num_columns)
-
-
-def _get(file: GGUFFile, key: str) -> Any:
-    if key not in file.metadata:
-        raise CheckpointError(f"{file.path}: the metadata has no {key!r}")
-    return file.metadata[key]

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from localmoe.catalog.threads import one_thread
+
 _CLUSTERING_STEPS = 40
 _BALANCING_STEPS = 60
 _FIRST_CHOICE_WEIGHT = 0.7
@@ -24,6 +26,7 @@ def permute_expert(gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, *, seed: int
     return gate_FD[order_F], up_FD[order_F], down_DF[:, order_F].contiguous()
 
 
+@one_thread()
 def fit_router(x_TD: Tensor, *, num_experts: int, top_k: int, seed: int) -> Tensor:
     """Router weights [E, D], BF16, that send each of `num_experts` clusters of inputs to its own expert.
 

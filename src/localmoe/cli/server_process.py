@@ -60,6 +60,10 @@ class ServerProcess:
             self._process.wait()
         self._reader.join(timeout=1.0)
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def wait_listening(self, on_line: Callable[[str], None]) -> str:
         """The URL it listens on, once it does. There is no time limit: it may be building a model.
 

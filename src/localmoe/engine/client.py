@@ -38,16 +38,24 @@ class EngineClient:
     Args:
         model: the name it is served under.
         store_path: the weights.
-        config: resolved engine settings.
+        config: engine settings.
+        available_memory_bytes: what the engine may count on.
         on_state: called after every step of the engine; must be quick.
     """
 
     def __init__(
-        self, model: str, store_path: Path, config: EngineConfig, on_state: Callable[[EngineState], None]
+        self,
+        *,
+        model: str,
+        store_path: Path,
+        config: EngineConfig,
+        available_memory_bytes: int,
+        on_state: Callable[[EngineState], None],
     ) -> None:
         self._model = model
         self._store_path = store_path
         self._config = config
+        self._available_memory_bytes = available_memory_bytes
         self._on_state = on_state
         self._streams: dict[str, asyncio.Queue[TokenChunk | LocalMoEError]] = {}
         self._wire_ids = itertools.count()
@@ -80,7 +88,13 @@ class EngineClient:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "localmoe.engine.process", stdin=asyncio.subprocess.PIPE
         )
-        launch = Launch(address=address, model=self._model, store_path=str(self._store_path), config=self._config)
+        launch = Launch(
+            address=address,
+            model=self._model,
+            store_path=str(self._store_path),
+            config=self._config,
+            available_memory_bytes=self._available_memory_bytes,
+        )
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(launch) + b"\n")
         self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch(self._process))]

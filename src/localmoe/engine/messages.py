@@ -21,6 +21,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """The name it is served under."""
     store_path: str
     config: EngineConfig
+    available_memory_bytes: int
+    """What the engine may count on when it sizes its cache."""
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):

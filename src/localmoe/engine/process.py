@@ -12,20 +12,22 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
 
 from localmoe.core.errors import LocalMoEError, OverloadedError
 from localmoe.core.request import RequestFailed
-from localmoe.engine.engine import Engine
-from localmoe.engine.load import load_engine, warm_up
 from localmoe.engine.messages import Cancel, FromEngine, Launch, Outputs, Ready, StartFailed, ToEngine
+
+if TYPE_CHECKING:
+    from localmoe.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
 
-def serve(engine: Engine, socket: "zmq.Socket[bytes]") -> None:
+def serve(engine: "Engine", socket: "zmq.Socket[bytes]") -> None:
     """Serve until the process ends."""
     decoder = msgspec.msgpack.Decoder(ToEngine)
     encoder = msgspec.msgpack.Encoder()
@@ -52,6 +54,11 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    # OpenMP threads spin between two products unless told before torch is loaded. On cores shared with the gateway
+    # (or anything else) a spinning thread keeps the one it waits for from running.
+    os.putenv("OMP_WAIT_POLICY", "PASSIVE")
+    from localmoe.engine.load import load_engine, warm_up
+
     socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.PAIR)
     # Unbounded here, because what is unsent is bounded by the requests admitted and their max_tokens.
     socket.set_hwm(0)
@@ -62,7 +69,7 @@ def main() -> None:
 
     started = time.monotonic()
     try:
-        engine = load_engine(launch.model, Path(launch.store_path), launch.config)
+        engine = load_engine(launch.model, Path(launch.store_path), launch.config, launch.available_memory_bytes)
         warm_up(engine)
     except (LocalMoEError, MemoryError) as error:
         say(StartFailed(message=str(error) or type(error).__name__))

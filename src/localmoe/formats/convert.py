@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from localmoe.core.errors import CheckpointError
-from localmoe.core.model import ModelShape, TensorNames, WeightFormat
+from localmoe.core.model import ExpertId, ModelShape, TensorNames, WeightFormat
 from localmoe.formats.checkpoint import Checkpoint
 from localmoe.formats.store import StoreWriter
 from localmoe.formats.store_layout import dense_shapes
@@ -37,19 +37,32 @@ def write_store(
     _check_tensors(checkpoint, names, shape)
     with writer:
         for name, tensor_name in names.dense.items():
-            tensor = _read(checkpoint, tensor_name)
-            try:
-                writer.write_dense(name, tensor)
-            except CheckpointError as error:
-                raise CheckpointError(f"{checkpoint.path}: tensor {tensor_name}: {error}") from error
+            _convert_dense(checkpoint, writer, name, tensor_name)
             on_progress(writer.written_bytes, writer.total_bytes)
         for expert_id, tensor_names in names.experts.items():
-            gate_FD, up_FD, down_DF = (_read(checkpoint, tensor_name) for tensor_name in tensor_names)
-            try:
-                writer.write_expert(expert_id, gate_FD, up_FD, down_DF)
-            except CheckpointError as error:
-                raise CheckpointError(f"{checkpoint.path}: one of {', '.join(tensor_names)}: {error}") from error
+            _convert_expert(checkpoint, writer, expert_id, tensor_names)
             on_progress(writer.written_bytes, writer.total_bytes)
+
+
+# Functions of their own, so that one piece is let go before the next is read.
+
+
+def _convert_dense(checkpoint: Checkpoint, writer: StoreWriter, name: str, tensor_name: str) -> None:
+    tensor = _read(checkpoint, tensor_name)
+    try:
+        writer.write_dense(name, tensor)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: tensor {tensor_name}: {error}") from error
+
+
+def _convert_expert(
+    checkpoint: Checkpoint, writer: StoreWriter, expert_id: ExpertId, tensor_names: tuple[str, str, str]
+) -> None:
+    gate_FD, up_FD, down_DF = (_read(checkpoint, tensor_name) for tensor_name in tensor_names)
+    try:
+        writer.write_expert(expert_id, gate_FD, up_FD, down_DF)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: one of {', '.join(tensor_names)}: {error}") from error
 
 
 def _check_tensors(checkpoint: Checkpoint, names: TensorNames, shape: ModelShape) -> None:
@@ -63,9 +76,7 @@ def _check_tensors(checkpoint: Checkpoint, names: TensorNames, shape: ModelShape
         wanted += [(gate, (F, D)), (up, (F, D)), (down, (D, F))]
     for tensor_name, expected in wanted:
         if tensor_name not in checkpoint.names:
-            raise CheckpointError(
-                f"{checkpoint.path}: has no tensor {tensor_name}, expected with shape {expected}"
-            )
+            raise CheckpointError(f"{checkpoint.path}: has no tensor {tensor_name}, expected of shape {expected}")
         found = checkpoint.shape_of(tensor_name)
         if found != expected:
             raise CheckpointError(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ _BOOL, _STRING, _ARRAY = 7, 8, 9
 _MIN_ELEMENT_BYTES = {_BOOL: 1, _STRING: 8, _ARRAY: 12} | {t: struct.calcsize(f) for t, f in _SCALARS.items()}
 _MIN_KEY_VALUE_BYTES = 8 + 4 + 1
 _MIN_TENSOR_INFO_BYTES = 8 + 4 + 8 + 4 + 8
+
+ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,15 @@ class GGUFFile:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
         return cls(path, metadata, tensors)
+
+    def value(self, key: str, kind: type[ValueT]) -> ValueT:
+        """A metadata value. Raises CheckpointError if it is missing or of another type."""
+        if key not in self.metadata:
+            raise CheckpointError(f"{self.path}: the metadata has no {key!r}")
+        value = self.metadata[key]
+        if type(value) is not kind:
+            raise CheckpointError(f"{self.path}: {key!r} is of type {type(value).__name__}, not {kind.__name__}")
+        return value
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, dequantised to float32, in row-major shape.

@@ -226,9 +226,9 @@ class StoreWriter:
     def __init__(self, path: Path, *, shape: ModelShape, weights: WeightFormat, source: str) -> None:
         check_shape(path, shape, weights)
         self._path = path
-        self._shape = shape
         self._weights = weights
-        self._header = plan_header(shape, weights, source)
+        # A name that came from the file system need not be valid Unicode; the header must be.
+        self._header = plan_header(shape, weights, source.encode(errors="replace").decode())
         self._layout = blob_layout(shape, weights)
         self._dense = {entry.name: entry for entry in self._header.dense}
         self._experts = {ExpertId(entry.layer, entry.expert): entry for entry in self._header.experts}

@@ -39,6 +39,8 @@ MAX_HEADER_BYTES = 64 << 20
 _MAGIC = b"LMOESTOR"
 _PREAMBLE = struct.Struct("<8sQQQ")
 _MAX_SIZE = 2**31 - 1
+_MAX_EXPERTS = 2**18
+"""An entry takes up to about 200 bytes, so that a header of this many stays under its limit."""
 _SIZE_FIELDS = (
     "num_layers",
     "hidden_size",
@@ -259,6 +261,10 @@ def check_shape(path: Path, shape: ModelShape, weights: WeightFormat) -> None:
     for field in _SIZE_FIELDS:
         if not 1 <= getattr(shape, field) <= _MAX_SIZE:
             raise StoreError(f"{path}: {field} of the model's shape is not in 1..{_MAX_SIZE}")
+    if shape.num_layers * shape.num_experts > _MAX_EXPERTS:
+        raise StoreError(
+            f"{path}: {shape.num_layers} layers of {shape.num_experts} experts, {_MAX_EXPERTS} in all is most"
+        )
     if (
         shape.top_k > shape.num_experts
         or shape.num_heads % shape.num_kv_heads

@@ -1,0 +1,1 @@
+"""The HTTP service: OpenAI-compatible APIs over any `core.protocols.Generator`. No torch."""

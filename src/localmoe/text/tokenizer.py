@@ -191,7 +191,10 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _apply_bos_eos(backend: tokenizers.Tokenizer, config: dict[str, Any], special: dict[str, str]) -> None:
-    """`add_bos_token` and `add_eos_token`, where either is set, replace the post-processor, as in transformers."""
+    """`add_bos_token` and `add_eos_token`, where either is set, replace the post-processor.
+
+    transformers 4 did so for Llama's tokenizers; 5 looks at neither where there is a `tokenizer.json`.
+    """
     if not {"add_bos_token", "add_eos_token"} & config.keys():
         return
     bos = special.get("bos_token") if config.get("add_bos_token") else None

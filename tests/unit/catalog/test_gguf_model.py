@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, write_tiny_gguf
 from tokenizers import Tokenizer
 
 from localmoe.catalog.gguf_llama import half_split, llama_config, llama_tensors
@@ -14,6 +13,7 @@ from localmoe.catalog.gguf_tokenizer import build_tokenizer, write_tokenizer
 from localmoe.core.errors import CheckpointError
 from localmoe.formats.gguf import GGUFFile
 from localmoe.formats.json_file import read_json_object
+from support.tiny_gguf import CHAT_TEMPLATE, write_tiny_gguf
 
 
 def llama_cpp_permute(weight: np.ndarray, num_heads: int) -> np.ndarray:
@@ -28,11 +28,12 @@ def llama_cpp_permute(weight: np.ndarray, num_heads: int) -> np.ndarray:
 @pytest.mark.parametrize("num_heads", [1, 2, 9])
 def test_half_split_undoes_the_converter(num_heads: int) -> None:
     weight = np.random.default_rng(0).standard_normal((num_heads * 8, 5))
-    assert torch.equal(half_split(torch.from_numpy(llama_cpp_permute(weight, num_heads)), num_heads), torch.from_numpy(weight))
+    restored = half_split(torch.from_numpy(llama_cpp_permute(weight, num_heads)), num_heads)
+    assert torch.equal(restored, torch.from_numpy(weight))
 
 
-def test_config_and_tensors(tiny_gguf: Path) -> None:
-    file = GGUFFile.open(tiny_gguf)
+def test_config_and_tensors(tmp_path: Path) -> None:
+    file = GGUFFile.open(write_tiny_gguf(tmp_path / "tiny.gguf"))
     config = llama_config(file)
     assert config["model_type"] == "llama"
     assert config["rms_norm_eps"] == 1e-5
@@ -44,7 +45,8 @@ def test_config_and_tensors(tiny_gguf: Path) -> None:
     up = tensors["model.layers.1.mlp.up_proj.weight"]
     assert torch.equal(up, file.read("blk.1.ffn_up.weight").bfloat16())
     for name, heads in (("q", 4), ("k", 2)):
-        permuted = llama_cpp_permute(tensors[f"model.layers.0.self_attn.{name}_proj.weight"].float().numpy(), heads)
+        weight = tensors[f"model.layers.0.self_attn.{name}_proj.weight"].float()
+        permuted = llama_cpp_permute(weight.numpy(), heads)
         assert torch.equal(torch.from_numpy(permuted), file.read(f"blk.0.attn_{name}.weight").bfloat16().float())
 
 
@@ -60,8 +62,8 @@ def test_other_architectures_and_gaps_are_refused(tmp_path: Path) -> None:
         llama_tensors(file, llama_config(file))
 
 
-def test_tokenizer(tiny_gguf: Path, tmp_path: Path) -> None:
-    file = GGUFFile.open(tiny_gguf)
+def test_tokenizer(tmp_path: Path) -> None:
+    file = GGUFFile.open(write_tiny_gguf(tmp_path / "tiny.gguf"))
     write_tokenizer(file, build_tokenizer(file), tmp_path)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     tokens = file.metadata["tokenizer.ggml.tokens"]

@@ -91,13 +91,14 @@ LIES: dict[str, tuple[Mutation, str]] = {
     "other format": (assign("weights", "bf16"), "imply 12288"),
     "other FP4 format": (assign("weights", "mxfp4"), "tensor scales"),
     "huge layer count": (assign("shape", "num_layers", 10**12), "num_layers"),
-    "large layer count": (assign("shape", "num_layers", 2**31 - 1), "lists 6 experts"),
+    "large layer count": (assign("shape", "num_layers", 2**31 - 1), "262144 in all is most"),
+    "wrong layer count": (assign("shape", "num_layers", 50000), "lists 6 experts"),
     "one layer more": (assign("shape", "num_layers", 3), "lists 6 experts"),
     "layers and experts swapped": (
         lambda h: h["shape"].update(num_layers=3, num_experts=2),
         "dense tensors are not those",
     ),
-    "huge expert count": (assign("shape", "num_experts", 2**31 - 1), "lists 6 experts"),
+    "huge expert count": (assign("shape", "num_experts", 2**31 - 1), "in all is most"),
     "no layers": (assign("shape", "num_layers", 0), "num_layers"),
     "negative width": (assign("shape", "hidden_size", -64), "hidden_size"),
     "huge width": (assign("shape", "expert_size", 10**300), "expert_size|not valid"),
@@ -233,6 +234,14 @@ def test_file_cut_off_anywhere_is_refused(store_path: Path, store_bytes: bytes) 
 def test_file_with_something_after_its_end_is_refused(store_path: Path, store_bytes: bytes) -> None:
     store_path.write_bytes(store_bytes + b"\0")
     with pytest.raises(StoreError, match="its header says"):
+        Store.open(store_path)
+
+
+def test_gap_at_the_end_that_the_header_knows_of_is_refused(store_path: Path, store_bytes: bytes) -> None:
+    header = header_of(store_bytes)
+    header["file_bytes"] += 4096
+    store_path.write_bytes(with_header(store_bytes, msgspec.json.encode(header)) + bytes(4096))
+    with pytest.raises(StoreError, match="the extents end at byte"):
         Store.open(store_path)
 
 

@@ -18,6 +18,7 @@ from store_samples import SHAPE, fill, matrices, write
 from localmoe.core.errors import CheckpointError, ModelBuildError, StoreError
 from localmoe.core.model import ExpertId, WeightFormat
 from localmoe.formats.store import Store, StoreWriter
+from localmoe.formats.store_layout import MAX_HEADER_BYTES, data_start, plan_header
 
 
 @pytest.fixture
@@ -105,6 +106,26 @@ def test_shape_that_fp4_cannot_have_is_refused_at_once(empty: Path) -> None:
     with pytest.raises(StoreError, match="expert_size 48 does not divide into mxfp4 blocks of 32"):
         StoreWriter(empty, shape=shape, weights=WeightFormat.MXFP4, source="")
     StoreWriter(empty, shape=shape, weights=WeightFormat.NVFP4, source="")
+
+
+def test_shape_with_more_experts_than_a_header_can_list_is_refused_at_once(empty: Path) -> None:
+    shape = msgspec.structs.replace(SHAPE, num_layers=2**30, num_experts=2**30)
+    with pytest.raises(StoreError, match="262144 in all is most"):
+        StoreWriter(empty, shape=shape, weights=WeightFormat.MXFP4, source="")
+
+
+def test_header_of_the_most_experts_stays_under_its_limit() -> None:
+    shape = msgspec.structs.replace(SHAPE, num_layers=2**9, num_experts=2**9)
+    header = plan_header(shape, WeightFormat.NVFP4, "")
+    assert data_start(header) <= MAX_HEADER_BYTES
+
+
+def test_source_that_is_not_unicode_is_made_so(tmp_path: Path) -> None:
+    path = tmp_path / "m.store"
+    with StoreWriter(path, shape=SHAPE, weights=WeightFormat.NVFP4, source="m\udcff") as writer:
+        fill(writer)
+    with Store.open(path) as store:
+        assert store.source == "m?"
 
 
 def test_directory_that_is_absent_is_named(tmp_path: Path) -> None:

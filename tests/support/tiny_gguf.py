@@ -1,10 +1,10 @@
 """A dense Llama so small that upcycling it takes a moment, in the demo's file format."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
-import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -38,7 +38,12 @@ def write_tiny_gguf(path: Path, **changed: object) -> Path:
         "llama.vocab_size": len(tokens),
     } | changed
     writer = gguf.GGUFWriter(path, "llama")
-    add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+    add: dict[type, Callable[..., None]] = {
+        str: writer.add_string,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        list: writer.add_array,
+    }
     for key, value in metadata.items():
         if value is not None:
             add[type(value)](key, value)
@@ -65,8 +70,3 @@ def write_tiny_gguf(path: Path, **changed: object) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-@pytest.fixture
-def tiny_gguf(tmp_path: Path) -> Path:
-    return write_tiny_gguf(tmp_path / "tiny.gguf")

@@ -1,0 +1,157 @@
+"""`localmoe serve`: an engine and the gateway in front of it, wired together."""
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from localmoe.catalog.catalog import DEMO_NAME, Catalog
+from localmoe.config.settings import load_settings
+from localmoe.core.errors import ConfigError, ModelBuildError, ModelNotFoundError
+from localmoe.core.model import WeightFormat
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from localmoe.backends.native import NativeBackend
+
+_DRAIN_S = 5
+"""How long open answers may go on after a signal to stop."""
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="A model from `localmoe models list`.")] = DEMO_NAME,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port; 0 lets the system choose.", show_default="8000")
+    ] = None,
+    weights: Annotated[
+        WeightFormat, typer.Option(help="Format of the experts; made from the checkpoint when first asked for.")
+    ] = WeightFormat.NVFP4,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Compute threads.", show_default="one per core")
+    ] = None,
+) -> None:
+    """Serve a model over the OpenAI API.
+
+    Without a model, the demo model is served, and made first if it is not there.
+
+    Examples:
+
+      localmoe serve
+
+      localmoe serve mixtral --weights mxfp4 --port 9000 --threads 8
+    """
+    settings = load_settings()
+    listener = _listen(host or settings.host, settings.port if port is None else port)
+    with listener:
+        catalog = Catalog(settings.home)
+        _provide(catalog, model, weights)
+        asyncio.run(_run(catalog, model, weights, threads, listener))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bound before anything slow happens, so that a taken port is known at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another --port"
+        ) from error
+    with contextlib.suppress(ValueError):
+        if not ipaddress.ip_address(host).is_loopback:
+            _say(f"warning: everyone who can reach {host} can use this server; it asks for no key")
+    return listener
+
+
+def _provide(catalog: Catalog, model: str, weights: WeightFormat) -> None:
+    """Make what is missing, in a process of its own: it needs torch, which the gateway's process never loads."""
+    try:
+        stored = catalog.store_path(model, weights).exists()
+    except ModelNotFoundError:
+        if model != DEMO_NAME:
+            raise
+        _models_command("build-demo")
+        stored = catalog.store_path(model, weights).exists()
+    if not stored:
+        _models_command("convert", model, "--weights", weights)
+
+
+def _models_command(*arguments: str) -> None:
+    status = subprocess.run([sys.executable, "-m", "localmoe", "models", *arguments], check=False).returncode
+    if status != 0:
+        raise ModelBuildError(f"`localmoe models {' '.join(arguments)}` failed with exit status {status}")
+
+
+async def _run(
+    catalog: Catalog, model: str, weights: WeightFormat, threads: int | None, listener: socket.socket
+) -> None:
+    import uvicorn
+
+    backend, app = _compose(catalog, model, weights, threads)
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=_DRAIN_S
+        )
+    )
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    starting = asyncio.create_task(backend.start())
+    try:
+        _say(f"localmoe: listening on {url}")
+        _say(f"localmoe: loading {model} ({weights})")
+        started = time.monotonic()
+        await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            await starting
+            _say(f"localmoe: ready after {time.monotonic() - started:.1f} s; API docs at {url}/docs")
+            await serving
+    finally:
+        server.should_exit = True
+        starting.cancel()
+        await asyncio.gather(serving, starting, return_exceptions=True)
+        await backend.stop()
+
+
+def _compose(
+    catalog: Catalog, model: str, weights: WeightFormat, threads: int | None
+) -> "tuple[NativeBackend, FastAPI]":
+    from localmoe.backends.native import NativeBackend
+    from localmoe.core.events import EventBus
+    from localmoe.engine.config import EngineConfig
+    from localmoe.gateway.app import create_app
+    from localmoe.gateway.config import GatewayConfig
+    from localmoe.gateway.context import ServedModel
+    from localmoe.hardware.memory import available_memory_bytes
+    from localmoe.observability.metrics import Metrics
+    from localmoe.text.text_model import TextModel
+
+    bus = EventBus()
+    store_path = catalog.store_path(model, weights)
+    backend = NativeBackend(
+        model=model,
+        store_path=store_path,
+        config=EngineConfig(num_threads=threads),
+        available_memory=available_memory_bytes,
+        bus=bus,
+    )
+    served = ServedModel(
+        id=model,
+        created=int(store_path.stat().st_mtime),
+        text=TextModel.load(catalog.path(model)),
+        context_tokens=catalog.context_tokens(model),
+        generator=backend,
+    )
+    return backend, create_app([served], config=GatewayConfig(), bus=bus, render_metrics=Metrics(bus).render)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,87 @@
+"""`/v1/completions`: what comes in and what goes out."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Discriminator, Field, Tag
+
+from localmoe.core.request import FinishReason
+from localmoe.gateway.fields import MAX_TOKENS, MAX_TOP_LOGPROBS, SamplingFields, Text, TokenId, UsageCounts
+
+MAX_PROMPTS = 256
+
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+
+
+def _prompt_kind(value: Any) -> str:
+    if not isinstance(value, list):
+        return "<text>"
+    if value and isinstance(value[0], list):
+        return "<lists of ids>"
+    return "<texts>" if not value or isinstance(value[0], str) else "<ids>"
+
+
+Prompt = Annotated[
+    Annotated[Text, Tag("<text>")]
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<texts>")]
+    | Annotated[TokenIds, Tag("<ids>")]
+    | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("<lists of ids>")],
+    Discriminator(_prompt_kind),
+]
+
+
+class CompletionRequest(SamplingFields):
+    """Asks for the continuation of one or several prompts."""
+
+    IGNORED = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
+    REFUSED = {  # noqa: RUF012
+        "best_of": (1,),
+        "response_format": ({"type": "text"},),
+        "store": (False,),
+        "suffix": ("",),
+    }
+    EXAMPLE = {"model": "smollm2-8x135m", "prompt": "The capital of France is", "max_tokens": 8}  # noqa: RUF012
+
+    prompt: Prompt = Field(description="A text, token ids, or a list of either.")
+    max_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_TOKENS,
+        description="Longest answer; the rest of the context if omitted. 0 with `echo` and `logprobs` scores.",
+    )
+    echo: bool | None = Field(default=None, description="Put the prompt before the answer.")
+    logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_TOP_LOGPROBS,
+        description="Report log-probabilities and this many alternatives; with `echo` for the prompt too.",
+    )
+
+
+class CompletionLogprobs(BaseModel):
+    """Parallel lists with an entry per token. The prompt's first token has no probability: null."""
+
+    tokens: list[str]
+    """Texts; a token that is no whole character is written `bytes:\\xe2\\x82`."""
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class Completion(BaseModel):
+    """The answers in one piece, or one event of a stream: there `usage` comes only if asked for."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: UsageCounts | None = None

@@ -1,0 +1,81 @@
+"""From API fields to `core.SamplingParams`: defaults, and the checks that need to know the model."""
+
+from localmoe.core.errors import ContextLengthError, InvalidRequestError
+from localmoe.core.request import SamplingParams
+from localmoe.gateway.context import ServedModel
+from localmoe.gateway.fields import SamplingFields
+
+
+def resolve_max_tokens(
+    requested: int | None, *, field: str, prompt_field: str, num_prompt_tokens: int, model: ServedModel
+) -> int:
+    """Tokens that the answer may have: those asked for, else the rest of the context.
+
+    Raises:
+        ContextLengthError: prompt and answer do not fit; a prompt is never cut.
+    """
+    limit = model.context_tokens
+    answer = 1 if requested is None else requested
+    if num_prompt_tokens + answer > limit:
+        asked = "needs room for at least 1 more" if requested is None else f"{field} asks for {requested} more"
+        raise ContextLengthError(
+            f"the model's context is {limit} tokens; the prompt has {num_prompt_tokens} and {asked},"
+            f" {num_prompt_tokens + answer} in all. Shorten the prompt or lower {field}.",
+            param=field if num_prompt_tokens < limit and requested is not None else prompt_field,
+            code="context_length_exceeded",
+        )
+    return limit - num_prompt_tokens if requested is None else requested
+
+
+def sampling_params(
+    body: SamplingFields,
+    model: ServedModel,
+    *,
+    choice: int,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    """Parameters of one of the `n` answers to a prompt.
+
+    Args:
+        choice: 0 … n - 1; each answer gets its own seed, derived from the one asked for.
+
+    Raises:
+        InvalidRequestError: a token id is not in the model's vocabulary.
+    """
+    defaults = model.text.defaults
+    stop_token_ids = dict.fromkeys(() if body.ignore_eos else defaults.eos_token_ids)
+    for index, token_id in enumerate(body.stop_token_ids or ()):
+        check_token_id(token_id, model, param=f"stop_token_ids[{index}]")
+        stop_token_ids[token_id] = None
+    logit_bias = {int(key): value for key, value in (body.logit_bias or {}).items()}
+    for token_id in logit_bias:
+        check_token_id(token_id, model, param="logit_bias")
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=_given(body.temperature, defaults.temperature),
+        top_k=max(0, int(_given(body.top_k, defaults.top_k))),
+        top_p=_given(body.top_p, defaults.top_p),
+        min_p=_given(body.min_p, defaults.min_p),
+        repetition_penalty=_given(body.repetition_penalty, defaults.repetition_penalty),
+        presence_penalty=_given(body.presence_penalty, 0.0),
+        frequency_penalty=_given(body.frequency_penalty, 0.0),
+        logit_bias=logit_bias,
+        seed=None if body.seed is None else (body.seed + choice) % 2**63,
+        stop_token_ids=tuple(stop_token_ids),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def check_token_id(token_id: int, model: ServedModel, *, param: str) -> None:
+    """Raise InvalidRequestError for an id outside the vocabulary."""
+    if token_id >= model.text.vocab_size:
+        raise InvalidRequestError(
+            f"{param}: token id {token_id} is not in the vocabulary of {model.text.vocab_size}", param=param
+        )
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -1,0 +1,49 @@
+"""Models that several tests share, made once a session."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from localmoe.catalog.catalog import DEMO_NAME, Catalog
+from localmoe.catalog.demo import build_demo
+from localmoe.config.settings import load_settings
+from localmoe.core.model import WeightFormat
+from support.checkpoints import write_checkpoint
+
+
+def _quietly(stage: str, done: int, total: int) -> None:
+    """No progress bars in tests."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _torch_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `LOCALMOE_HOME` with `distinct-experts` (Mixtral) and `dense` (Llama), both as F32 stores."""
+    home = tmp_path_factory.mktemp("home")
+    for name, model_type in (("distinct-experts", "mixtral"), ("dense", "llama")):
+        source = write_checkpoint(home / "checkpoints" / name, model_type)
+        Catalog(home).convert(source, name, WeightFormat.F32, _quietly)
+    return home
+
+
+@pytest.fixture(scope="session")
+def demo_home() -> Path:
+    """The user's own `LOCALMOE_HOME` with the demo model, which is made if it is not there yet."""
+    home = load_settings().home
+    build_demo(Catalog(home), gguf=None, on_progress=_quietly)
+    return home
+
+
+@pytest.fixture(scope="session")
+def model_under_test(request: pytest.FixtureRequest) -> tuple[Path, Path]:
+    """(checkpoint directory, F32 store) of the model named by the parameter; see `all_models`."""
+    if request.param == DEMO_NAME:
+        home = request.getfixturevalue("demo_home")
+        return home / "models" / DEMO_NAME, Catalog(home).ensure_store(DEMO_NAME, WeightFormat.F32, _quietly)
+    home = request.getfixturevalue("tiny_home")
+    return home / "checkpoints" / request.param, Catalog(home).store_path(request.param, WeightFormat.F32)

@@ -1,0 +1,83 @@
+"""Starting, failing to start, and ending."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from support.server import engine_pid, running_server
+
+
+def serve(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        "env",
+        f"LOCALMOE_HOME={home}",
+        sys.executable,
+        "-m",
+        "localmoe",
+        "serve",
+        "--port",
+        "0",
+        *arguments,
+    ]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+def wait_gone(pid: int) -> None:
+    deadline = time.monotonic() + 15
+    while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def damaged_home(tiny_home: Path, tmp_path: Path) -> Path:
+    shutil.copytree(tiny_home / "models/distinct-experts", tmp_path / "models/distinct-experts")
+    return tmp_path
+
+
+@pytest.mark.parametrize("end_signal", [signal.SIGTERM, signal.SIGKILL])
+def test_the_engine_never_outlives_the_gateway(tiny_home: Path, end_signal: signal.Signals) -> None:
+    with running_server(tiny_home, "distinct-experts", "f32") as (_, pid):
+        engine = engine_pid(pid)
+        os.kill(pid, end_signal)
+        wait_gone(engine)
+
+
+def test_a_model_that_is_not_there(tiny_home: Path) -> None:
+    result = serve(tiny_home, "no-such-model")
+    assert result.returncode == 1
+    assert "error: model 'no-such-model' is not in" in result.stderr
+    assert "available: dense, distinct-experts" in result.stderr
+
+
+def test_a_damaged_store_stops_the_start_and_is_named(damaged_home: Path) -> None:
+    store = damaged_home / "models/distinct-experts/stores/f32.store"
+    data = bytearray(store.read_bytes())
+    data[len(data) - len(data) // 4] ^= 1
+    store.write_bytes(data)
+    result = serve(damaged_home, "distinct-experts", "--weights", "f32")
+    assert result.returncode == 1
+    assert f"error: {store}: layer " in result.stderr
+    assert "is damaged" in result.stderr
+
+
+def test_a_truncated_store_stops_the_start_and_is_named(damaged_home: Path) -> None:
+    store = damaged_home / "models/distinct-experts/stores/f32.store"
+    os.truncate(store, store.stat().st_size - 4096)
+    result = serve(damaged_home, "distinct-experts", "--weights", "f32")
+    assert result.returncode == 1
+    assert f"error: {store}: " in result.stderr
+
+
+def test_a_taken_port_is_known_at_once(tiny_home: Path) -> None:
+    with running_server(tiny_home, "distinct-experts", "f32") as (url, _):
+        port = url.rpartition(":")[2]
+        result = serve(tiny_home, "distinct-experts", "--port", port)
+    assert result.returncode == 1
+    assert f"error: cannot listen on 127.0.0.1 port {port}" in result.stderr

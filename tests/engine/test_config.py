@@ -1,0 +1,38 @@
+"""What the engine makes of its settings."""
+
+import pytest
+
+from localmoe.core.errors import EngineStartError
+from localmoe.core.model import ModelShape
+from localmoe.engine.config import EngineConfig, kv_bytes_per_token
+
+SHAPE = ModelShape(
+    model_type="mixtral",
+    num_layers=2,
+    hidden_size=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    num_experts=4,
+    top_k=2,
+    expert_size=96,
+    vocab_size=100,
+    max_context_tokens=1024,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+)
+CONTEXT_BYTES = 1024 * kv_bytes_per_token(SHAPE)
+
+
+def test_a_cache_must_hold_one_full_context() -> None:
+    with pytest.raises(EngineStartError, match="one sequence of this model's 1024 tokens needs"):
+        EngineConfig(kv_cache_bytes=CONTEXT_BYTES - 1).resolve(SHAPE, 1 << 40)
+    with pytest.raises(EngineStartError, match="not enough memory"):
+        EngineConfig().resolve(SHAPE, CONTEXT_BYTES - 1)
+    assert EngineConfig(kv_cache_bytes=CONTEXT_BYTES).resolve(SHAPE, 0).kv_cache_bytes == CONTEXT_BYTES
+
+
+def test_an_automatic_cache_takes_a_quarter_of_what_is_free_within_reason() -> None:
+    assert EngineConfig().resolve(SHAPE, CONTEXT_BYTES).kv_cache_bytes == CONTEXT_BYTES
+    assert EngineConfig().resolve(SHAPE, 40 * CONTEXT_BYTES).kv_cache_bytes == 10 * CONTEXT_BYTES
+    assert EngineConfig().resolve(SHAPE, 1 << 40).kv_cache_bytes == 128 * CONTEXT_BYTES
