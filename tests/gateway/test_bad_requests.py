@@ -166,6 +166,7 @@ CASES: list[tuple[tuple[str, Any], int, str, str | None]] = [
     (completion(prompt=["a"] * 100, n=3), 400, "300 choices; at most 256", "prompt"),
     (completion(prompt=[5] * 300), 400, "the prompt has 300", "prompt"),
     (completion(prompt=[5] * 256), 400, "needs room for at least 1 more", "prompt"),
+    (completion(prompt=[5] * (2**20 + 1)), 400, "at most 1048576 items", "prompt"),
     (completion(suffix="x"), 400, "suffix: not supported", "suffix"),
     (completion(best_of=3), 400, "best_of: not supported", "best_of"),
     (completion(logprobs=21), 400, "less than or equal to 20", "logprobs"),
@@ -182,7 +183,9 @@ CASES: list[tuple[tuple[str, Any], int, str, str | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("request_", "status", "words", "param"), CASES)
+@pytest.mark.parametrize(
+    ("request_", "status", "words", "param"), CASES, ids=[f"{i}-{case[3]}" for i, case in enumerate(CASES)]
+)
 async def test_bad_fields(serve, request_: tuple[str, Any], status: int, words: str, param: str | None) -> None:
     url, content = request_
     backend = ScriptedBackend([5, 6])

@@ -159,6 +159,15 @@ async def test_stop_strings_across_tokens(
     assert backend.num_running == 0
 
 
+async def test_a_stop_token_ends_the_answer_without_its_text(serve, text_model: TextModel) -> None:
+    fox, dog = (encode(text_model, word, end=False) for word in ("fox", " dog"))
+    async with serve(ScriptedBackend([*fox, *dog, *fox])) as client:
+        answer = (await client.post(URL, json=body(stop_token_ids=dog))).json()
+    choice = answer["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("fox", "stop")
+    assert answer["usage"]["completion_tokens"] == len(fox) + 1
+
+
 async def test_a_stop_string_closes_the_engines_stream(serve, text_model: TextModel) -> None:
     backend = ScriptedBackend(encode(text_model, "hello world" * 10))
     async with serve(backend) as client:
@@ -330,9 +339,11 @@ async def test_a_large_conversation_leaves_the_event_loop_free(serve, text_model
     messages = [{"role": "user", "content": "the quick brown fox " * 50_000}]
     async with serve(ScriptedBackend(encode(text_model, "x"))) as client:
         ticker = asyncio.create_task(tick())
+        await asyncio.sleep(0.01)
         started_s = time.monotonic()
         response = await client.post(URL, json=body(messages=messages))
         taken_s = time.monotonic() - started_s
+        await asyncio.sleep(0.01)  # the ticker notes a gap when it ends
         ticker.cancel()
     assert response.json()["error"]["code"] == "context_length_exceeded"
     assert max(gaps) < taken_s / 2

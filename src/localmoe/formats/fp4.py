@@ -30,8 +30,11 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -
 _E2M1_MAX = 6.0
 _E4M3_MAX = 448.0
 _MIN_NORMAL = torch.finfo(torch.float32).tiny
-_CHUNK_ELEMENTS = 1 << 18
-"""Elements worked on at once: float32 scratch of this size stays in the cache."""
+_ROUNDER = 2.0**23
+"""Float32 numbers from here to twice this are the integers: a sum that lands there is rounded, ties to even."""
+_CHUNK_ELEMENTS = (1 << 15) - 1
+"""Elements worked on at once: scratch stays in the cache, and torch keeps an operation of fewer than 2^15 elements
+on one thread. Thousands of operations that each wait for all threads take minutes when the machine is busy."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -130,7 +133,9 @@ def quantize_nvfp4(values_RC: torch.Tensor) -> Nvfp4Matrix:
         CheckpointError: not a float matrix, a column count that 16 does not divide, or NaN or infinite values.
     """
     rows, columns = _check_values(values_RC, NVFP4_BLOCK_SIZE)
-    matrix_amax = torch.stack(values_RC.aminmax()).float().abs().amax()
+    matrix_amax = (
+        torch.stack([values_RC[chunk].abs().amax() for chunk in _row_chunks(rows, columns)]).amax().float()
+    )
     _check_finite(matrix_amax)
     tensor_scale = (matrix_amax / (_E2M1_MAX * _E4M3_MAX)).clamp_(min=_MIN_NORMAL)
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
@@ -162,10 +167,11 @@ def _round_to_e2m1(scaled: torch.Tensor) -> torch.Tensor:
     signs = torch.signbit(scaled).view(torch.uint8) << 3
     magnitude = scaled.abs_()
     # E2M1 has steps of 1/2, 1 and 2 in [0, 2), [2, 4) and [4, 6]. Rounding to each of them gives three candidate
-    # codes, of which the least is the right one; round() sends ties to the even integer, which is the even code.
-    codes = (magnitude * 2).round_()
-    torch.minimum(codes, magnitude.round().add_(2), out=codes)
-    torch.minimum(codes, magnitude.mul_(0.5).round_().add_(4), out=codes)
+    # codes, of which the least is the right one; ties go to the even integer, which is the even code.
+    # Adding 2^23 rounds like round(), which is split over threads however few elements there are.
+    codes = (magnitude * 2).add_(_ROUNDER).sub_(_ROUNDER)
+    torch.minimum(codes, magnitude.add(_ROUNDER).sub_(_ROUNDER - 2), out=codes)
+    torch.minimum(codes, magnitude.mul_(0.5).add_(_ROUNDER).sub_(_ROUNDER - 4), out=codes)
     return codes.clamp_(max=7).to(torch.uint8).bitwise_or_(signs)
 
 
@@ -176,8 +182,10 @@ def _dequantize(
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"FP4 dequantises to bfloat16, float16 or float32, not to {dtype}")
     nibbles = unpack_codes(torch.arange(256, dtype=torch.uint8).view(256, 1)).int()
-    pairs = torch.tensor(E2M1_VALUES)[nibbles]
-    table = (scale_values.view(256, 1, 1) * pairs * tensor_scale).to(dtype)
+    pairs = torch.tensor(E2M1_VALUES)[nibbles].view(-1)
+    table = torch.empty(256, 512, dtype=dtype)
+    for chunk in _row_chunks(256, 512):
+        table[chunk] = scale_values[chunk, None] * pairs * tensor_scale
     # Two values travel as one integer, since a gather of single words is several times faster than one of rows.
     words = table.view(-1).view(torch.int64 if dtype == torch.float32 else torch.int32)
     rows, num_blocks = scales.shape

@@ -5,11 +5,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Discriminator, Field, Tag
 
 from localmoe.core.request import FinishReason
-from localmoe.gateway.fields import MAX_TOKENS, MAX_TOP_LOGPROBS, SamplingFields, Text, TokenId, UsageCounts
+from localmoe.gateway.fields import (
+    MAX_TOKEN_IDS,
+    MAX_TOKENS,
+    MAX_TOP_LOGPROBS,
+    SamplingFields,
+    Text,
+    TokenId,
+    UsageCounts,
+)
 
 MAX_PROMPTS = 256
 
-TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKEN_IDS, fail_fast=True)]
 
 
 def _prompt_kind(value: Any) -> str:

@@ -25,6 +25,8 @@ from localmoe.core.errors import InvalidRequestError, UnsupportedFieldError
 IGNORED_HEADER = "x-localmoe-ignored"
 MAX_TOKENS = 2**31 - 1
 """Far over any context, which is the bound that counts."""
+MAX_TOKEN_IDS = 2**20
+"""In one list from a client; over any context, and still checked within a fraction of a second."""
 MAX_N = 64
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16

@@ -8,12 +8,10 @@ from pydantic import BaseModel, Field, model_validator
 from localmoe.core.errors import InvalidRequestError
 from localmoe.gateway.chat_schema import MAX_MESSAGES, ChatMessage
 from localmoe.gateway.context import GatewayContext
-from localmoe.gateway.fields import ApiModel, ModelId, Text, TokenId
+from localmoe.gateway.fields import MAX_TOKEN_IDS, ApiModel, ModelId, Text, TokenId
 from localmoe.gateway.openapi import ERROR_RESPONSES
 from localmoe.gateway.prompts import encode_chat, work_on
 from localmoe.gateway.sampling import check_token_id
-
-MAX_DETOKENIZED = 2**20
 
 
 class TokenizeRequest(ApiModel):
@@ -53,7 +51,7 @@ class DetokenizeRequest(ApiModel):
     EXAMPLE = {"model": "smollm2-8x135m", "tokens": [19556]}  # noqa: RUF012
 
     model: ModelId
-    tokens: Annotated[list[TokenId], Field(fail_fast=True)] = Field(max_length=MAX_DETOKENIZED)
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)] = Field(max_length=MAX_TOKEN_IDS)
 
 
 class DetokenizeResponse(BaseModel):
