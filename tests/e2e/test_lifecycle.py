@@ -14,18 +14,9 @@ from support.server import engine_pid, running_server
 
 
 def serve(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        "env",
-        f"LOCALMOE_HOME={home}",
-        sys.executable,
-        "-m",
-        "localmoe",
-        "serve",
-        "--port",
-        "0",
-        *arguments,
-    ]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    command = ["env", f"LOCALMOE_HOME={home}", sys.executable, "-m", "localmoe", "serve"]
+    options = ["--port", "0", *arguments]
+    return subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False)
 
 
 def wait_gone(pid: int) -> None:

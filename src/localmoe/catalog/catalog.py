@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from localmoe.catalog.building import Progress, build_lock, fresh_directory
 from localmoe.core.errors import CheckpointError, ModelBuildError, ModelFileError, ModelNotFoundError
 from localmoe.core.model import WeightFormat
-from localmoe.formats.json_file import MAX_JSON_BYTES, read_json_object
+from localmoe.formats.files import MAX_FILE_BYTES, read_json_object
 
 if TYPE_CHECKING:
     from localmoe.formats.checkpoint import Checkpoint
@@ -75,13 +75,17 @@ class Catalog:
         """All models, by name."""
         return tuple(_entry(self.models_path / name) for name in self._names())
 
+    def has(self, name: str) -> bool:
+        """Whether there is a model of this name."""
+        return is_name(name) and (self.models_path / name / "config.json").is_file()
+
     def path(self, name: str) -> Path:
         """The directory of a model.
 
         Raises:
             ModelNotFoundError: no such model, or not a name; says which there are.
         """
-        if is_name(name) and (self.models_path / name / "config.json").is_file():
+        if self.has(name):
             return self.models_path / name
         if names := self._names():
             advice = f"available: {', '.join(names)}"
@@ -207,7 +211,7 @@ class Catalog:
 
     def _names(self) -> tuple[str, ...]:
         found = self.models_path.iterdir() if self.models_path.is_dir() else ()
-        return tuple(sorted(p.name for p in found if is_name(p.name) and (p / "config.json").is_file()))
+        return tuple(sorted(p.name for p in found if self.has(p.name)))
 
 
 def is_name(name: str) -> bool:
@@ -278,6 +282,6 @@ def _copy_companions(source: Path, directory: Path) -> None:
             )
     for file in (*_REQUIRED_FILES, *_OPTIONAL_FILES):
         if (source / file).is_file():
-            if (source / file).stat().st_size > MAX_JSON_BYTES:
-                raise CheckpointError(f"{source / file}: larger than {MAX_JSON_BYTES} bytes")
+            if (source / file).stat().st_size > MAX_FILE_BYTES:
+                raise CheckpointError(f"{source / file}: larger than {MAX_FILE_BYTES} bytes")
             shutil.copyfile(source / file, directory / file)

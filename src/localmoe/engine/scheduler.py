@@ -6,10 +6,11 @@ next token. Prefill, decode and recomputation after a preemption are all this on
 token to go come first, so a long prompt, computed in chunks with what is left of the token budget, never holds
 up those who are generating (chunked prefill; Agrawal et al., 2023, Sarathi).
 
-Pure Python: no tensor, no clock, no I/O.
+Pure Python: no tensor, no I/O; time is only noted, nothing is decided by it.
 """
 
 import random
+import time
 from collections import deque
 from collections.abc import Mapping
 
@@ -37,6 +38,9 @@ class _Sequence:
         """Names of the leading blocks that are full and computed."""
         self.prompt_logprobs: list[TokenLogprob] = []
         self.sent_any = False
+        self.arrived_s = time.monotonic()
+        self.scheduled_s: float | None = None
+        self.first_token_s: float | None = None
 
     @property
     def num_known(self) -> int:
@@ -49,6 +53,17 @@ class _Sequence:
     def tokens(self, start: int, end: int) -> list[int]:
         split = len(self.prompt_ids)
         return self.prompt_ids[start:end] + self.output_ids[max(start - split, 0) : max(end - split, 0)]
+
+    def usage(self) -> Usage:
+        assert self.scheduled_s is not None
+        assert self.first_token_s is not None
+        return Usage(
+            prompt_tokens=len(self.prompt_ids),
+            completion_tokens=len(self.output_ids),
+            cached_tokens=self.num_cached,
+            queue_s=self.scheduled_s - self.arrived_s,
+            prefill_s=self.first_token_s - self.scheduled_s,
+        )
 
     @property
     def scores_prompt(self) -> bool:
@@ -122,6 +137,7 @@ class Scheduler:
             if count == 0:
                 break
             sequence = self._waiting.popleft()
+            sequence.scheduled_s = sequence.scheduled_s or time.monotonic()
             self._running.append(sequence)
             steps[sequence.id] = self._step(sequence, count)
             budget -= count
@@ -152,6 +168,7 @@ class Scheduler:
         """All known tokens are computed: append the drawn one, and see whether it is the last."""
         sampling = sequence.request.sampling
         token_id, finish = result.token_id, None
+        sequence.first_token_s = sequence.first_token_s or time.monotonic()
         if token_id is not None:
             sequence.output_ids.append(token_id)
             if token_id in sampling.stop_token_ids:
@@ -160,21 +177,15 @@ class Scheduler:
             finish = FinishReason.LENGTH
         scores = sequence.prompt_logprobs if sequence.scores_prompt else None
         sequence.sent_any, sequence.prompt_logprobs = True, []
-        usage = None
         if finish is not None:
             self._remove(sequence)
-            usage = Usage(
-                prompt_tokens=len(sequence.prompt_ids),
-                completion_tokens=len(sequence.output_ids),
-                cached_tokens=sequence.num_cached,
-            )
         return TokenChunk(
             request_id=sequence.request.id,
             token_ids=[] if token_id is None else [token_id],
             logprobs=[] if result.logprob is None else [result.logprob],
             prompt_logprobs=scores,
             finish_reason=finish,
-            usage=usage,
+            usage=None if finish is None else sequence.usage(),
         )
 
     def _step(self, sequence: _Sequence, count: int) -> SequenceStep:

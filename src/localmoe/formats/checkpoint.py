@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from localmoe.core.errors import CheckpointError, ModelBuildError
-from localmoe.formats.json_file import read_json_object
+from localmoe.formats.files import read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

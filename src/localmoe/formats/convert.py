@@ -11,6 +11,10 @@ from localmoe.formats.checkpoint import Checkpoint
 from localmoe.formats.store import StoreWriter
 from localmoe.formats.store_layout import dense_shapes
 
+_TIED_HEAD = "lm_head.weight"
+"""Some writers repeat the embedding under this name."""
+_ROTARY_BUFFER = "rotary_emb.inv_freq"
+"""Old checkpoints hold what the configuration already says."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -28,8 +32,8 @@ def write_store(
         on_progress: called with the bytes of weights written to the store so far and their total.
 
     Raises:
-        CheckpointError: a tensor is missing, has another shape than the model's, is not of 16- or 32-bit floats,
-            or holds NaN or infinite values.
+        CheckpointError: a tensor is missing, is none of the architecture's, has another shape than the model's, is
+            not of 16- or 32-bit floats, or holds NaN or infinite values.
         StoreError: no store can have this shape in this format, as when FP4 blocks do not divide the columns.
         ModelBuildError: writing failed; nothing half-made is left at `path`.
     """
@@ -74,6 +78,12 @@ def _check_tensors(checkpoint: Checkpoint, names: TensorNames, shape: ModelShape
     wanted = [(tensor_name, implied[name]) for name, tensor_name in names.dense.items()]
     for gate, up, down in names.experts.values():
         wanted += [(gate, (F, D)), (up, (F, D)), (down, (D, F))]
+    # A bias that nothing adds, say, would make every answer wrong without a word.
+    known = {tensor_name for tensor_name, _ in wanted} | ({_TIED_HEAD} if shape.tie_embeddings else set())
+    if unknown := [name for name in checkpoint.names - known if not name.endswith(_ROTARY_BUFFER)]:
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(unknown)} tensors are none of {shape.model_type}'s, such as {min(unknown)}"
+        )
     for tensor_name, expected in wanted:
         if tensor_name not in checkpoint.names:
             raise CheckpointError(f"{checkpoint.path}: has no tensor {tensor_name}, expected of shape {expected}")

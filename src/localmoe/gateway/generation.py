@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from localmoe.core.errors import EngineFaultError
 from localmoe.core.events import EventBus, RequestFinished
-from localmoe.core.request import FinishReason, Request, TokenChunk, TokenLogprob
+from localmoe.core.request import FinishReason, Request, TokenChunk, TokenLogprob, Usage
 from localmoe.gateway.context import ServedModel
 from localmoe.gateway.fields import PromptTokensDetails, UsageCounts
 from localmoe.text.detokenizer import IncrementalDetokenizer
@@ -115,6 +115,8 @@ class _Meter:
     first_s: float | None = None
     last_s: float = 0.0
     gaps_s: list[float] = field(default_factory=list)
+    usage: Usage | None = None
+    """The engine's own times, where it sent them."""
 
     def count(self, num_tokens: int) -> None:
         if not num_tokens:
@@ -178,6 +180,7 @@ async def _answer(
                 before = assembler.num_tokens
                 delta = assembler.push(chunk)
                 meter.count(assembler.num_tokens - before)
+                meter.usage = chunk.usage
                 if delta.finish_reason is not None:
                     outcome = delta.finish_reason.value
                 if delta.text or delta.scored or delta.prompt_logprobs or delta.finish_reason:
@@ -199,6 +202,8 @@ async def _answer(
                 completion_tokens=assembler.num_tokens,
                 time_to_first_token_s=ttft_s,
                 inter_token_s=tuple(meter.gaps_s),
+                queue_s=meter.usage.queue_s if meter.usage else None,
+                prefill_s=meter.usage.prefill_s if meter.usage else None,
                 e2e_s=time.monotonic() - meter.started_s,
             )
         )

@@ -1,8 +1,7 @@
 """Prometheus metrics, fed by core events.
 
 Names that begin with `vllm:` are vLLM's, with its label and its histogram buckets (vllm/v1/metrics/loggers.py), so
-that dashboards and autoscalers made for it work; `localmoe_` names are ours. Not emitted: vLLM's
-`request_queue_time_seconds` and `request_prefill_time_seconds`, which no event tells.
+that dashboards and autoscalers made for it work; `localmoe_` names are ours.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -57,6 +56,8 @@ class Metrics:
         self._ttft = self._histogram("time_to_first_token", "Arrival to first token.", _TTFT_BUCKETS_S)
         self._itl = self._histogram("inter_token_latency", "Between tokens.", _TOKEN_BUCKETS_S)
         self._e2e = self._histogram("e2e_request_latency", "Arrival to last token.", _REQUEST_BUCKETS_S)
+        self._queue = self._histogram("request_queue_time", "Arrival to first scheduling.", _REQUEST_BUCKETS_S)
+        self._prefill = self._histogram("request_prefill_time", "Scheduling to first token.", _REQUEST_BUCKETS_S)
         self._decode = self._histogram("request_decode_time", "First to last token.", _REQUEST_BUCKETS_S)
         self._preemptions = Counter(
             "localmoe_preemptions",
@@ -96,6 +97,10 @@ class Metrics:
         if event.time_to_first_token_s is not None:
             self._ttft.labels(event.model).observe(event.time_to_first_token_s)
             self._decode.labels(event.model).observe(sum(event.inter_token_s))
+        if event.queue_s is not None:
+            self._queue.labels(event.model).observe(event.queue_s)
+        if event.prefill_s is not None:
+            self._prefill.labels(event.model).observe(event.prefill_s)
         inter_token = self._itl.labels(event.model)
         for gap_s in event.inter_token_s:
             inter_token.observe(gap_s)

@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from localmoe.core.errors import CheckpointError, InvalidRequestError
-from localmoe.text.files import read_optional_json_object, read_text
+from localmoe.formats.files import read_optional_json_object, read_text
 
 MAX_TEMPLATE_BYTES = 2**20
 MAX_PROMPT_CHARS = 64 * 2**20

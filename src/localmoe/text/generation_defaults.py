@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from localmoe.core.errors import CheckpointError
-from localmoe.text.files import read_optional_json_object
+from localmoe.formats.files import read_optional_json_object
 from localmoe.text.tokenizer import Tokenizer
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from localmoe.core.errors import CheckpointError, InvalidRequestError
+from localmoe.formats.files import read_optional_json_object
 from localmoe.text.chat_template import ChatTemplate
-from localmoe.text.files import read_optional_json_object
 from localmoe.text.generation_defaults import GenerationDefaults
 from localmoe.text.tokenizer import Tokenizer
 

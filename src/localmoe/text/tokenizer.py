@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from localmoe.core.errors import CheckpointError
-from localmoe.text.files import read_optional_json_object, read_text
+from localmoe.formats.files import read_optional_json_object, read_text
 
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _SPACE = "▁"

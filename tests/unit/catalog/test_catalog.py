@@ -22,7 +22,7 @@ from localmoe.core.errors import (
     ModelNotFoundError,
 )
 from localmoe.core.model import WeightFormat
-from localmoe.formats.json_file import MAX_JSON_BYTES
+from localmoe.formats.files import MAX_FILE_BYTES
 from localmoe.formats.store import Store
 from support.tiny_gguf import write_tiny_gguf
 
@@ -193,7 +193,7 @@ def _no_tokenizer(path: Path) -> None:
 def _huge_template(path: Path) -> None:
     (path / "chat_template.jinja").unlink()
     with (path / "chat_template.jinja").open("wb") as file:
-        file.truncate(MAX_JSON_BYTES + 1)
+        file.truncate(MAX_FILE_BYTES + 1)
 
 
 def _other_architecture(path: Path) -> None:

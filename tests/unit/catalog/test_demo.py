@@ -18,8 +18,8 @@ from localmoe.catalog.gguf_llama import llama_config, llama_tensors
 from localmoe.core.errors import ModelBuildError
 from localmoe.core.model import ExpertId, TensorNames, WeightFormat
 from localmoe.formats.checkpoint import Checkpoint
+from localmoe.formats.files import read_json_object
 from localmoe.formats.gguf import GGUFFile
-from localmoe.formats.json_file import read_json_object
 from localmoe.kernels import reference
 from localmoe.models import architecture
 from support.tiny_gguf import write_tiny_gguf

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from localmoe.catalog.gguf_llama import half_split, llama_config, llama_tensors
 from localmoe.catalog.gguf_tokenizer import build_tokenizer, write_tokenizer
 from localmoe.core.errors import CheckpointError
+from localmoe.formats.files import read_json_object
 from localmoe.formats.gguf import GGUFFile
-from localmoe.formats.json_file import read_json_object
 from support.tiny_gguf import CHAT_TEMPLATE, write_tiny_gguf
 
 

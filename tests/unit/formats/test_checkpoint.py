@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from localmoe.core.errors import CheckpointError
 from localmoe.formats.checkpoint import INDEX_FILE, Checkpoint, write_shards
-from localmoe.formats.json_file import MAX_JSON_BYTES
+from localmoe.formats.files import MAX_FILE_BYTES
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.bfloat16).view(2, 3),
@@ -102,10 +102,10 @@ def test_damaged_weights(case: str, single: Path) -> None:
 
 BAD_JSON: dict[str, tuple[bytes | str, str]] = {
     "not json": ("{", "not valid JSON"),
-    "not utf-8": (b'{"a": "\xff"}', "not valid JSON"),
+    "not utf-8": (b'{"a": "\xff"}', "not UTF-8"),
     "a list": ("[]", "not an object"),
     "deep": ("[" * 100_000, "not valid JSON"),
-    "large": (b" " * (MAX_JSON_BYTES + 1), "larger than"),
+    "large": (b" " * (MAX_FILE_BYTES + 1), "larger than"),
 }
 
 

@@ -124,6 +124,17 @@ def test_missing_tensor_is_named(convert: Callable[..., Path], tensors: Tensors,
         convert(tensors)
 
 
+def test_tensor_that_nothing_would_compute_is_refused(convert: Callable[..., Path], tensors: Tensors) -> None:
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(7)
+    with pytest.raises(CheckpointError, match=r"1 tensors are none of \w+'s, such as .*q_proj\.bias"):
+        convert(tensors)
+
+
+def test_rotary_buffers_of_old_checkpoints_are_left_out(convert: Callable[..., Path], tensors: Tensors) -> None:
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(7)
+    assert convert(tensors).exists()
+
+
 @pytest.mark.parametrize("name", ["model.embed.weight", "0.1.w2"])
 def test_tensor_of_another_shape_is_named_with_both_shapes(
     convert: Callable[..., Path], tensors: Tensors, name: str

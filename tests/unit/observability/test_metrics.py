@@ -27,6 +27,8 @@ def finished(**fields: Any) -> RequestFinished:
         "completion_tokens": 3,
         "time_to_first_token_s": 0.03,
         "inter_token_s": (0.02, 0.06),
+        "queue_s": 0.01,
+        "prefill_s": 0.02,
         "e2e_s": 0.11,
     }
     return RequestFinished(**{**values, **fields})
@@ -58,6 +60,8 @@ def test_finished_requests() -> None:
     assert found["vllm:generation_tokens_total", MODEL] == 3
     assert found["vllm:request_success_total", (("finished_reason", "stop"), *MODEL)] == 1
     assert found["vllm:request_success_total", (("finished_reason", "abort"), *MODEL)] == 1
+    assert found["vllm:request_queue_time_seconds_sum", MODEL] == pytest.approx(0.02)
+    assert found["vllm:request_prefill_time_seconds_sum", MODEL] == pytest.approx(0.04)
     assert found["vllm:time_to_first_token_seconds_count", MODEL] == 1
     assert found["vllm:time_to_first_token_seconds_sum", MODEL] == pytest.approx(0.03)
     assert found["vllm:time_to_first_token_seconds_bucket", (("le", "0.04"), *MODEL)] == 1

@@ -1,4 +1,4 @@
-"""Bounded reading of a model's text files. Every complaint begins with the file's path."""
+"""Bounded reading of a model directory's text files. Every complaint begins with the file's path."""
 
 import json
 from pathlib import Path
