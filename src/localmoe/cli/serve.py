@@ -49,22 +49,23 @@ def serve(
       localmoe serve mixtral --weights mxfp4 --port 9000 --threads 8
     """
     settings = load_settings()
-    listener = _listen(host or settings.host, settings.port if port is None else port)
+    listener = _bind(host or settings.host, settings.port if port is None else port)
     with listener:
         catalog = Catalog(settings.home)
         _provide(catalog, model, weights)
         asyncio.run(_run(catalog, model, weights, threads, listener))
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Bound before anything slow happens, so that a taken port is known at once."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def _bind(host: str, port: int) -> socket.socket:
+    """Bound before anything slow happens, so that a taken port is known at once; it listens once we can answer."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener = socket.create_server((host, port), family=family)
+        listener.bind((host, port))
     except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host} port {port}: {error.strerror}; choose another --port"
-        ) from error
+        listener.close()
+        reason = error.strerror or str(error)
+        raise ConfigError(f"cannot listen on {host} port {port}: {reason}; choose another --port") from error
     with contextlib.suppress(ValueError):
         if not ipaddress.ip_address(host).is_loopback:
             _say(f"warning: everyone who can reach {host} can use this server; it asks for no key")

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from localmoe.core.model import ModelShape, TensorNames
 from localmoe.core.protocols import AttentionExecutor, ExpertExecutor
@@ -69,16 +68,18 @@ class Decoder(ABC):
         heads = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
         for index, layer in enumerate(self.layers):
             h_TD = kernels.rms_norm(x_TD, layer.attn_norm, shape.rms_norm_eps)
-            q, k, v = torch.split(linear(h_TD, layer.qkv).view(len(h_TD), -1, shape.head_dim), heads, dim=1)
+            q, k, v = torch.split(
+                kernels.project(h_TD, layer.qkv).view(len(h_TD), -1, shape.head_dim), heads, dim=1
+            )
             q, k = kernels.rotate(q, angles_Td), kernels.rotate(k, angles_Td)
-            x_TD = x_TD + linear(attention(index, q, k, v).flatten(1), layer.o)
+            x_TD = x_TD + kernels.project(attention(index, q, k, v).flatten(1), layer.o)
             h_TD = kernels.rms_norm(x_TD, layer.ffn_norm, shape.rms_norm_eps)
             x_TD = x_TD + self.experts(index, h_TD, *self.route(layer, h_TD))
         return kernels.rms_norm(x_TD, self.final_norm, shape.rms_norm_eps)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Scores of the next token, [T, V] float32."""
-        return linear(hidden_TD, self.head).float()
+        return kernels.project(hidden_TD, self.head).float()
 
 
 def attention_tensor_names(shape: ModelShape) -> dict[str, str]:

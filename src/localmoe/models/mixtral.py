@@ -3,7 +3,6 @@
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import linear
 
 from localmoe.core.model import ExpertId, ModelShape, TensorNames
 from localmoe.kernels import reference as kernels
@@ -34,4 +33,4 @@ class Mixtral(Decoder):
 
     def route(self, layer: Layer, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         assert layer.router is not None
-        return kernels.top_k_softmax(linear(x_TD, layer.router), self.shape.top_k)
+        return kernels.top_k_softmax(kernels.project(x_TD, layer.router), self.shape.top_k)
