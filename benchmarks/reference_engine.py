@@ -41,7 +41,7 @@ def measure(engine: Engine, vocab_size: int, num_streams: int, prompt_tokens: in
     for i in range(num_streams):
         prompt_ids = torch.randint(0, vocab_size, (prompt_tokens,), generator=generator).tolist()
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-        engine.scheduler.add(Request(id=f"{i}", model="", prompt_ids=prompt_ids, sampling=sampling))
+        engine.add(Request(id=f"{i}", model="", prompt_ids=prompt_ids, sampling=sampling))
     if max_tokens > 1:
         engine.step()
     return _timed(lambda: _run(engine))
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def _run(engine: Engine) -> None:
-    while engine.scheduler.has_work:
+    while engine.has_work:
         engine.step()
 
 

@@ -33,23 +33,23 @@ def test_greedy_output_is_the_same_however_it_is_computed(decoder: Decoder) -> N
     ]
     alone: dict[str, list[int]] = {}
     for request in requests:
-        engine, _ = make_engine(decoder, EngineConfig(prefix_caching=False, max_num_batched_tokens=4096))
+        engine = make_engine(decoder, EngineConfig(prefix_caching=False, max_num_batched_tokens=4096))
         alone |= run(engine, [request])
 
     whole = EngineConfig(prefix_caching=False, max_num_batched_tokens=4096)
-    engine, _ = make_engine(decoder, whole)
+    engine = make_engine(decoder, whole)
     assert run(engine, requests) == alone, "batch of 16"
 
-    engine, _ = make_engine(decoder, EngineConfig(prefix_caching=False, max_num_batched_tokens=48))
+    engine = make_engine(decoder, EngineConfig(prefix_caching=False, max_num_batched_tokens=48))
     assert run(engine, requests) == alone, "chunked prefill"
 
-    engine, pool = make_engine(decoder, EngineConfig())
+    engine = make_engine(decoder, EngineConfig())
     assert run(engine, requests[:1]) == {"r0": alone["r0"]}, "prefix cache, miss"
     assert run(engine, requests) == alone, "prefix cache, hit"
     assert engine.state().prefix_cache_hits >= 16 * 64
-    assert pool.num_free == pool.num_blocks
+    assert engine.state().kv_blocks_used == 0
 
-    engine, pool = make_engine(decoder, EngineConfig(), num_blocks=24)
+    engine = make_engine(decoder, EngineConfig(), num_blocks=24)
     assert run(engine, requests) == alone, "preemption"
     assert engine.state().num_preemptions > 0
-    assert pool.num_free == pool.num_blocks
+    assert engine.state().kv_blocks_used == 0

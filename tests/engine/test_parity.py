@@ -67,7 +67,7 @@ def test_logits_and_greedy_tokens_equal_transformers(model_under_test: tuple[Pat
         assert error < MAX_LOGIT_ERROR, f"chunks of {chunk_tokens}"
 
     prompts = {f"p{i}": random_ids(vocab_size, 3 + 17 * i, seed=i) for i in range(8)}
-    engine, _ = make_engine(decoder, EngineConfig())
+    engine = make_engine(decoder, EngineConfig())
     ours = run(engine, [greedy(name, prompt) for name, prompt in prompts.items()])
     for name, prompt in prompts.items():
         ids = torch.tensor([prompt])

@@ -103,7 +103,6 @@ def test_scores_are_of_the_unmodified_distribution() -> None:
     logprob = score(torch.tensor([0.5, 0.25, 0.125, 0.125]).log(), 1, 2)
     assert logprob.token_id == 1
     assert logprob.logprob == pytest.approx(math.log(0.25))
-    assert logprob.rank == 2
     assert [token for token, _ in logprob.top] == [0, 1]
 
 

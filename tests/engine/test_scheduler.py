@@ -140,8 +140,7 @@ def test_scoring_a_prompt_computes_all_of_it_and_reports_once() -> None:
         assert step.scores_prompt
         assert not step.samples
         here = [
-            TokenLogprob(t, -1.0, 1, [])
-            for t in range(step.start + 1, min(step.start + len(step.token_ids), 9) + 1)
+            TokenLogprob(t, -1.0, []) for t in range(step.start + 1, min(step.start + len(step.token_ids), 9) + 1)
         ]
         out = scheduler.update(plan, {step.sequence_id: StepResult(prompt_logprobs=tuple(here))})
         for chunk in out:

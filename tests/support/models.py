@@ -1,17 +1,14 @@
 """Which models a parity test runs on, and how to run an engine inside a test."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
 from localmoe.catalog.catalog import DEMO_NAME
 from localmoe.core.request import Request, SamplingParams, TokenChunk
-from localmoe.engine.block_pool import BlockPool
-from localmoe.engine.config import EngineConfig
+from localmoe.engine.config import EngineConfig, kv_bytes_per_token
 from localmoe.engine.engine import Engine
-from localmoe.engine.executor import Executor
-from localmoe.engine.kv_cache import KVCache
-from localmoe.engine.scheduler import Scheduler
 from localmoe.models.decoder import Decoder
 
 # The demo's experts all compute one function, so it alone could not catch a wrong expert.
@@ -22,11 +19,10 @@ all_models = pytest.mark.parametrize(
 )
 
 
-def make_engine(decoder: Decoder, config: EngineConfig, num_blocks: int = 400) -> tuple[Engine, BlockPool]:
-    """An engine around a loaded decoder, with its pool for looking into."""
-    pool = BlockPool(num_blocks)
-    cache = KVCache(decoder.shape, num_blocks, config.block_tokens)
-    return Engine("test", Scheduler(config, pool), Executor(decoder, cache), pool), pool
+def make_engine(decoder: Decoder, config: EngineConfig, num_blocks: int = 400) -> Engine:
+    """An engine around a loaded decoder, with a cache of this many blocks."""
+    block_bytes = config.block_tokens * kv_bytes_per_token(decoder.shape)
+    return Engine("test", decoder, replace(config, kv_cache_bytes=num_blocks * block_bytes))
 
 
 def greedy(name: str, prompt_ids: list[int], max_tokens: int = 64) -> Request:
@@ -39,8 +35,8 @@ def run(engine: Engine, requests: Iterable[Request]) -> dict[str, list[int]]:
     tokens: dict[str, list[int]] = {}
     for request in requests:
         tokens[request.id] = []
-        engine.scheduler.add(request)
-    while engine.scheduler.has_work:
+        engine.add(request)
+    while engine.has_work:
         for output in engine.step():
             assert isinstance(output, TokenChunk), output
             tokens[output.request_id] += output.token_ids

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
-from localmoe.core.errors import BackendUnavailableError, EngineDiedError, EngineStartError
+from localmoe.core.errors import BackendUnavailableError, EngineDiedError, EngineStartError, LocalMoEError
 from localmoe.core.events import EngineRestarted, EventBus
 from localmoe.core.request import Request, TokenChunk
 from localmoe.engine.client import EngineClient
@@ -48,15 +48,12 @@ class NativeBackend:
         self._bus = bus
         self._client: EngineClient | None = None
         self._supervisor: asyncio.Task[None] | None = None
+        self._state = "it is starting"
+        """Why there is no engine, while there is none."""
 
     @property
     def is_ready(self) -> bool:
         return self._client is not None and self._client.is_ready
-
-    @property
-    def engine_pid(self) -> int | None:
-        """Process id of the present engine."""
-        return self._client.pid if self._client else None
 
     async def start(self) -> None:
         """Returns when the engine is ready.
@@ -66,11 +63,10 @@ class NativeBackend:
         """
         try:
             await self._start_client()
-        except EngineDiedError as error:
+        except BaseException as error:
             await self.stop()
-            raise EngineStartError(str(error)) from error
-        except EngineStartError:
-            await self.stop()
+            if isinstance(error, EngineDiedError):
+                raise EngineStartError(str(error)) from error
             raise
         self._supervisor = asyncio.create_task(self._supervise())
 
@@ -78,8 +74,7 @@ class NativeBackend:
         """End the engine; open requests fail."""
         if self._supervisor is not None:
             self._supervisor.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._supervisor
+            await asyncio.gather(self._supervisor, return_exceptions=True)
         if self._client is not None:
             await self._client.stop()
 
@@ -87,7 +82,7 @@ class NativeBackend:
         """See `core.protocols.Generator.generate`."""
         client = self._client
         if client is None or not client.is_ready:
-            raise BackendUnavailableError(f"the engine of {self._model} is starting; try again shortly")
+            raise BackendUnavailableError(f"the engine of {self._model} is not ready: {self._state}")
         async with contextlib.aclosing(client.generate(request)) as chunks:
             async for chunk in chunks:
                 yield chunk
@@ -103,19 +98,30 @@ class NativeBackend:
         await self._client.start()
 
     async def _supervise(self) -> None:
-        backoff_s, started = _FIRST_BACKOFF_S, time.monotonic()
+        backoff_s = _FIRST_BACKOFF_S
         while True:
             assert self._client is not None
+            started = time.monotonic()
             reason = await self._client.wait_for_death()
             await self._client.stop()
+            logger.error("%s; starting another", reason)
+            self._state = f"restarting, because {reason}"
+            self._bus.publish(EngineRestarted(model=self._model, reason=reason))
             if time.monotonic() - started > _STABLE_S:
                 backoff_s = _FIRST_BACKOFF_S
-            logger.error("%s; starting another in %.1f s", reason, backoff_s)
-            self._bus.publish(EngineRestarted(model=self._model, reason=reason))
+            backoff_s = await self._start_again(backoff_s)
+
+    async def _start_again(self, backoff_s: float) -> float:
+        """Try until an engine is ready; returns the next backoff."""
+        while True:
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
-            started = time.monotonic()
             try:
                 await self._start_client()
-            except (EngineStartError, EngineDiedError) as error:
-                logger.error("the engine did not start: %s", error)
+                return backoff_s
+            except Exception as error:
+                # Whatever it was, the server goes on and tries again: the cause may pass (memory, a file put back).
+                self._state = f"it did not start again: {error}"
+                logger.error("the engine did not start: %s", error, exc_info=not isinstance(error, LocalMoEError))
+                assert self._client is not None
+                await self._client.stop()

@@ -125,4 +125,4 @@ def _logprob(token_id: int, num_top: int) -> TokenLogprob:
     """The token itself as the likeliest, then the lowest other ids."""
     others = [other for other in range(num_top + 1) if other != token_id]
     top = [(other, -0.5 - place) for place, other in enumerate([token_id, *others][:num_top])]
-    return TokenLogprob(token_id=token_id, logprob=-0.5, rank=1, top=top)
+    return TokenLogprob(token_id=token_id, logprob=-0.5, top=top)

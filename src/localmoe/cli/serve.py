@@ -3,23 +3,26 @@
 import asyncio
 import contextlib
 import ipaddress
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from localmoe.catalog.catalog import DEMO_NAME, Catalog
-from localmoe.config.settings import load_settings
+from localmoe.config.settings import Settings, load_settings
 from localmoe.core.errors import ConfigError, ModelBuildError, ModelNotFoundError
 from localmoe.core.model import WeightFormat
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from localmoe.backends.native import NativeBackend
+    from localmoe.backends.base import Backend
 
 _DRAIN_S = 5
 """How long open answers may go on after a signal to stop."""
@@ -53,7 +56,9 @@ def serve(
     with listener:
         catalog = Catalog(settings.home)
         _provide(catalog, model, weights)
-        asyncio.run(_run(catalog, model, weights, threads, listener))
+        import uvloop
+
+        uvloop.run(_serve(settings, catalog, model, weights, threads, listener))
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -91,30 +96,40 @@ def _models_command(*arguments: str) -> None:
         raise ModelBuildError(f"`localmoe models {' '.join(arguments)}` failed with exit status {status}")
 
 
-async def _run(
-    catalog: Catalog, model: str, weights: WeightFormat, threads: int | None, listener: socket.socket
-) -> None:
+async def _run(backend: "Backend", app: "FastAPI", listener: socket.socket, what: str) -> None:
+    """Serve until a signal says stop. The first one lets open answers finish, the second does not wait."""
     import uvicorn
 
-    backend, app = _compose(catalog, model, weights, threads)
+    class Server(uvicorn.Server):
+        """Leaves signals to us: uvicorn would raise them again and end the process before the engine is stopped."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    config = uvicorn.Config(
+        app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=_DRAIN_S
+    )
+    server = Server(config)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(name, server.handle_exit, name, None)
+    try:
+        listener.listen(config.backlog)
+    except OSError as error:
+        raise ConfigError(f"cannot listen: {error.strerror}; another server was faster") from error
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=_DRAIN_S
-        )
-    )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     starting = asyncio.create_task(backend.start())
     try:
         _say(f"localmoe: listening on {url}")
-        _say(f"localmoe: loading {model} ({weights})")
+        _say(f"localmoe: loading {what}")
         started = time.monotonic()
         await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
             await starting
             _say(f"localmoe: ready after {time.monotonic() - started:.1f} s; API docs at {url}/docs")
-            await serving
+        await serving
     finally:
         server.should_exit = True
         starting.cancel()
@@ -122,36 +137,43 @@ async def _run(
         await backend.stop()
 
 
-def _compose(
-    catalog: Catalog, model: str, weights: WeightFormat, threads: int | None
-) -> "tuple[NativeBackend, FastAPI]":
+async def _serve(
+    settings: Settings,
+    catalog: Catalog,
+    model: str,
+    weights: WeightFormat,
+    threads: int | None,
+    listener: socket.socket,
+) -> None:
+    """Wire the parts together, and run them."""
     from localmoe.backends.native import NativeBackend
     from localmoe.core.events import EventBus
-    from localmoe.engine.config import EngineConfig
     from localmoe.gateway.app import create_app
-    from localmoe.gateway.config import GatewayConfig
     from localmoe.gateway.context import ServedModel
     from localmoe.hardware.memory import available_memory_bytes
     from localmoe.observability.metrics import Metrics
     from localmoe.text.text_model import TextModel
 
+    engine = settings.engine if threads is None else replace(settings.engine, num_threads=threads)
     bus = EventBus()
     store_path = catalog.store_path(model, weights)
     backend = NativeBackend(
         model=model,
         store_path=store_path,
-        config=EngineConfig(num_threads=threads),
+        config=engine,
         available_memory=available_memory_bytes,
         bus=bus,
     )
+    context_tokens = catalog.context_tokens(model)
     served = ServedModel(
         id=model,
         created=int(store_path.stat().st_mtime),
         text=TextModel.load(catalog.path(model)),
-        context_tokens=catalog.context_tokens(model),
+        context_tokens=min(context_tokens, engine.max_context_tokens or context_tokens),
         generator=backend,
     )
-    return backend, create_app([served], config=GatewayConfig(), bus=bus, render_metrics=Metrics(bus).render)
+    app = create_app([served], config=settings.gateway, bus=bus, render_metrics=Metrics(bus).render)
+    await _run(backend, app, listener, f"{model} ({weights})")
 
 
 def _say(line: str) -> None:

@@ -1,7 +1,8 @@
 """The settings of one run. Nothing else in LocalMoE reads the environment.
 
-Every setting has an environment variable: its name in capitals after `LOCALMOE_`. A variable that is set to
-nothing counts as not set.
+Every setting has an environment variable: its name in capitals after `LOCALMOE_`; a component's settings have two
+underscores between its name and theirs, as in `LOCALMOE_ENGINE__KV_CACHE_BYTES`. A variable that is set to nothing
+counts as not set.
 """
 
 from pathlib import Path
@@ -10,6 +11,8 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from localmoe.core.errors import ConfigError
+from localmoe.engine.config import EngineConfig
+from localmoe.gateway.config import GatewayConfig
 
 ENV_PREFIX = "LOCALMOE_"
 
@@ -17,7 +20,9 @@ ENV_PREFIX = "LOCALMOE_"
 class Settings(BaseSettings):
     """Read with `load_settings`, which turns a bad value into a `ConfigError`."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_nested_delimiter="__", env_ignore_empty=True, frozen=True
+    )
 
     home: Path = Path("~/.localmoe")
     """Directory of models and state; made absolute."""
@@ -25,6 +30,8 @@ class Settings(BaseSettings):
     """Address that the server listens on. The default is reachable from this machine only."""
     port: int = Field(default=8000, ge=0, le=65535)
     """TCP port that the server listens on; 0 lets the system choose."""
+    engine: EngineConfig = EngineConfig()
+    gateway: GatewayConfig = GatewayConfig()
 
     @field_validator("home")
     @classmethod
@@ -43,7 +50,7 @@ def load_settings() -> Settings:
     except ValidationError as error:
         problems = []
         for detail in error.errors():
-            name = str(detail["loc"][0])
+            name = "__".join(map(str, detail["loc"]))
             problems.append(
                 f"setting {name!r} is {detail['input']!r} (environment variable {ENV_PREFIX}{name.upper()}): "
                 f"{detail['msg'].lower()}"

@@ -65,8 +65,6 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
     token_id: int
     logprob: float
-    rank: int
-    """1 for the likeliest token."""
     top: list[tuple[int, float]]
     """(token id, log-probability), likeliest first."""
 
@@ -95,7 +93,7 @@ class TokenChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     """For prompt tokens 1, 2, …; sent once, with the first chunk, where asked for."""
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
-    """Present exactly where `finish_reason` is."""
+    """Present on the first chunk and on the last; all but `completion_tokens` is final from the first on."""
 
 
 class RequestFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):

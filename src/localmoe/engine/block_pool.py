@@ -39,10 +39,7 @@ class BlockPool:
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
             self._num_refs[block] = 1
-            name = self._name_of[block]
-            if name is not None:
-                del self._block_of[name]
-                self._name_of[block] = None
+        self.forget(blocks)
         return blocks
 
     def free(self, blocks: Sequence[int]) -> None:
@@ -59,6 +56,14 @@ class BlockPool:
         if name not in self._block_of and self._name_of[block] is None:
             self._block_of[name] = block
             self._name_of[block] = name
+
+    def forget(self, blocks: Sequence[int]) -> None:
+        """Take back the names of blocks whose contents turned out not to be usable."""
+        for block in blocks:
+            name = self._name_of[block]
+            if name is not None:
+                del self._block_of[name]
+                self._name_of[block] = None
 
     def find_prefix(self, token_ids: Sequence[int], block_tokens: int) -> list[int]:
         """The longest run of known blocks that these tokens begin with, without taking references."""

@@ -1,16 +1,20 @@
 """The client's side of an engine process: one incarnation, from spawn to death.
 
 All of it runs on one asyncio loop. A receiver task hands each output to the queue of its request; a watcher task
-waits for the process to end and then fails every request that is still open. A generator that is closed early
-tells the engine, which frees what the request held.
+waits for the process to end and then fails every request that is still open; a third kills an engine that has
+requests but reports no step for too long, so that nobody waits for ever. A generator that is closed early tells the
+engine, which frees what the request held.
 """
 
 import asyncio
+import contextlib
 import itertools
-import shutil
+import logging
 import sys
 import tempfile
+import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import msgspec
@@ -28,6 +32,8 @@ from localmoe.core.events import EngineState
 from localmoe.core.request import Request, RequestFailed, TokenChunk
 from localmoe.engine.config import EngineConfig
 from localmoe.engine.messages import Cancel, FromEngine, Launch, Outputs, Ready, Submit, ToEngine
+
+logger = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 5.0
 
@@ -59,65 +65,37 @@ class EngineClient:
         self._on_state = on_state
         self._streams: dict[str, asyncio.Queue[TokenChunk | LocalMoEError]] = {}
         self._wire_ids = itertools.count()
-        self._tasks: list[asyncio.Task[None]] = []
-        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._folder: str | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._last_heard_s = 0.0
+        loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[None] = loop.create_future()
+        self._died: asyncio.Future[str] = loop.create_future()
+        self._cleanup = AsyncExitStack()
 
     @property
     def is_ready(self) -> bool:
+        """Whether the model is loaded and the process, as far as we know, alive."""
         return self._ready.done() and self._ready.exception() is None and not self._died.done()
 
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process else None
-
     async def start(self) -> None:
-        """Spawn the process and wait until the model is loaded.
+        """Spawn the process and wait until the model is loaded. Call `stop` whatever comes of it.
 
         Raises:
             EngineStartError: it cannot start as configured; the message says why.
             EngineDiedError: it ended before it was ready.
         """
-        self._folder = tempfile.mkdtemp(prefix="localmoe-")  # mode 0700: nobody else can reach the socket
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
-        self._socket.set_hwm(0)
-        address = f"ipc://{self._folder}/engine"
-        self._socket.bind(address)
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "localmoe.engine.process", stdin=asyncio.subprocess.PIPE
-        )
-        launch = Launch(
-            address=address,
-            model=self._model,
-            store_path=str(self._store_path),
-            config=self._config,
-            available_memory_bytes=self._available_memory_bytes,
-        )
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(launch) + b"\n")
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch(self._process))]
-        await self._ready
+        # Mode 0700: nobody else can reach the socket. The name is needed until the engine has connected.
+        with tempfile.TemporaryDirectory(prefix="localmoe-", ignore_cleanup_errors=True) as folder:
+            try:
+                await self._spawn(f"ipc://{folder}/engine")
+            except (OSError, zmq.ZMQError) as error:
+                raise EngineStartError(f"the engine's process could not be started: {error}") from error
+            # Shielded: a caller that gives up must not cancel what `is_ready` looks at.
+            await asyncio.shield(self._ready)
 
     async def stop(self) -> None:
         """End the process and release everything; requests still open fail."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._process is not None:
-            if self._process.returncode is None:
-                assert self._process.stdin is not None
-                self._process.stdin.close()
-                try:
-                    await asyncio.wait_for(self._process.wait(), _STOP_GRACE_S)
-                except TimeoutError:
-                    self._process.kill()
-                    await self._process.wait()
-            self._socket.close(linger=0)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
         self._end("the engine was stopped")
+        await self._cleanup.aclose()
 
     async def wait_for_death(self) -> str:
         """Returns, when the process has ended, how."""
@@ -130,6 +108,8 @@ class EngineClient:
         # Clients may repeat a request id; on the wire it must name one request only.
         wire_id = str(next(self._wire_ids))
         stream: asyncio.Queue[TokenChunk | LocalMoEError] = asyncio.Queue()
+        if not self._streams:
+            self._last_heard_s = time.monotonic()  # nothing was expected before
         self._streams[wire_id] = stream
         try:
             await self._send(Submit(msgspec.structs.replace(request, id=wire_id)))
@@ -144,23 +124,55 @@ class EngineClient:
                     return
         finally:
             if self._streams.pop(wire_id, None) is not None and self.is_ready:
-                await self._send(Cancel(wire_id))
+                with contextlib.suppress(EngineDiedError):
+                    await self._send(Cancel(wire_id))
+
+    async def _spawn(self, address: str) -> None:
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
+        self._cleanup.callback(self._socket.close, linger=0)
+        self._socket.set_hwm(0)
+        self._socket.bind(address)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "localmoe.engine.process", stdin=asyncio.subprocess.PIPE
+        )
+        self._cleanup.push_async_callback(_end_process, process)
+        launch = Launch(
+            address=address,
+            model=self._model,
+            store_path=str(self._store_path),
+            config=self._config,
+            available_memory_bytes=self._available_memory_bytes,
+        )
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(launch) + b"\n")
+        for work in (self._receive(process), self._watch(process), self._kill_when_hung(process)):
+            self._cleanup.push_async_callback(_end_task, asyncio.create_task(work))
 
     async def _send(self, message: ToEngine) -> None:
-        await self._socket.send(msgspec.msgpack.encode(message))
+        try:
+            # Without a peer a waiting send would never end; with one, the queue has no bound.
+            await self._socket.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            raise EngineDiedError(f"the engine cannot be reached: {error}") from error
 
-    async def _receive(self) -> None:
+    async def _receive(self, process: asyncio.subprocess.Process) -> None:
         decoder = msgspec.msgpack.Decoder(FromEngine)
-        while True:
-            message = decoder.decode(await self._socket.recv())
-            if isinstance(message, Outputs):
-                for item in message.items:
-                    self._deliver(item)
-                self._on_state(message.state)
-            elif isinstance(message, Ready):
-                self._ready.set_result(None)
-            elif not self._ready.done():
-                self._ready.set_exception(EngineStartError(message.message))
+        try:
+            while True:
+                message = decoder.decode(await self._socket.recv())
+                self._last_heard_s = time.monotonic()
+                if isinstance(message, Outputs):
+                    for item in message.items:
+                        self._deliver(item)
+                    self._on_state(message.state)
+                elif isinstance(message, Ready):
+                    self._ready.set_result(None)
+                elif not self._ready.done():
+                    self._ready.set_exception(EngineStartError(message.message))
+        except Exception:
+            # Unheard, its requests would wait for ever; its death is something that everybody handles.
+            logger.exception("cannot go on listening to the engine; killing it")
+            _kill(process)
 
     def _deliver(self, item: TokenChunk | RequestFailed) -> None:
         stream = self._streams.get(item.request_id)
@@ -175,9 +187,17 @@ class EngineClient:
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()
-        await asyncio.sleep(0.05)  # let the receiver take what the engine said last
         how = f"signal {-code}" if code < 0 else f"exit status {code}"
         self._end(f"the engine's process {process.pid} ended with {how}")
+
+    async def _kill_when_hung(self, process: asyncio.subprocess.Process) -> None:
+        limit_s = self._config.hang_timeout_s
+        while True:
+            await asyncio.sleep(limit_s / 10)
+            silent_s = time.monotonic() - self._last_heard_s
+            if self.is_ready and self._streams and silent_s > limit_s:
+                logger.error("the engine finished no step for %.0f s; killing it", silent_s)
+                _kill(process)
 
     def _end(self, reason: str) -> None:
         if not self._died.done():
@@ -188,3 +208,24 @@ class EngineClient:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.put_nowait(EngineDiedError(reason))
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+
+
+async def _end_process(process: asyncio.subprocess.Process) -> None:
+    """Close the lifeline; an engine that does not follow is killed."""
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        await asyncio.wait_for(process.wait(), _STOP_GRACE_S)
+    except TimeoutError:
+        _kill(process)
+        await process.wait()
+
+
+async def _end_task(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -23,13 +23,22 @@ class EngineConfig:
     """Requests that may wait beyond those running; more are refused."""
     block_tokens: int = 16
     """Tokens per cache block, the grain of prefix reuse."""
+    max_context_tokens: int | None = None
+    """Longest sequence, prompt and answer together; None, or more than that: what the model was made for."""
     kv_cache_bytes: int | None = None
     """Keys and values of all sequences together; None: a quarter of the free memory, within reason."""
     prefix_caching: bool = True
     """Reuse the keys and values of prompts that begin alike."""
+    hang_timeout_s: float = 120.0
+    """An engine that has requests but finishes no step for this long is taken for hung, killed and replaced."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not isinstance(value, bool) and value <= 0:
+                raise ValueError(f"{name} is {value}; it must be positive")
 
     def resolve(self, shape: ModelShape, free_bytes: int) -> "EngineConfig":
-        """Replace an automatic `kv_cache_bytes` by a number that fits this model and machine.
+        """Settle `max_context_tokens` and `kv_cache_bytes` for this model and machine.
 
         Args:
             free_bytes: memory that is left once the weights are loaded.
@@ -37,22 +46,24 @@ class EngineConfig:
         Raises:
             EngineStartError: the cache would not hold one sequence of the model's full context.
         """
+        context_tokens = min(self.max_context_tokens or shape.max_context_tokens, shape.max_context_tokens)
         block_bytes = self.block_tokens * kv_bytes_per_token(shape)
-        least_bytes = -(-shape.max_context_tokens // self.block_tokens) * block_bytes
+        least_bytes = -(-context_tokens // self.block_tokens) * block_bytes
         if self.kv_cache_bytes is None:
             if free_bytes < least_bytes:
                 raise EngineStartError(
                     f"not enough memory: {max(free_bytes, 0)} bytes would be free beside the weights, but one "
-                    f"sequence of this model's {shape.max_context_tokens} tokens needs {least_bytes}"
+                    f"sequence of {context_tokens} tokens needs {least_bytes}; lower max_context_tokens"
                 )
             useful_bytes = self.max_num_seqs * _TYPICAL_TOKENS_PER_SEQUENCE // self.block_tokens * block_bytes
-            return replace(self, kv_cache_bytes=max(least_bytes, min(useful_bytes, free_bytes // 4)))
+            chosen_bytes = max(least_bytes, min(useful_bytes, free_bytes // 4))
+            return replace(self, max_context_tokens=context_tokens, kv_cache_bytes=chosen_bytes)
         if self.kv_cache_bytes < least_bytes:
             raise EngineStartError(
-                f"kv_cache_bytes is {self.kv_cache_bytes}, but one sequence of this model's "
-                f"{shape.max_context_tokens} tokens needs {least_bytes}"
+                f"kv_cache_bytes is {self.kv_cache_bytes}, but one sequence of "
+                f"{context_tokens} tokens needs {least_bytes}; raise it, or lower max_context_tokens"
             )
-        return self
+        return replace(self, max_context_tokens=context_tokens)
 
 
 def kv_bytes_per_token(shape: ModelShape) -> int:

@@ -2,27 +2,71 @@
 
 import logging
 
+from localmoe.core.errors import InvalidRequestError
 from localmoe.core.events import EngineState
-from localmoe.core.request import RequestFailed, TokenChunk
+from localmoe.core.request import Request, RequestFailed, TokenChunk
 from localmoe.engine.block_pool import BlockPool
+from localmoe.engine.config import EngineConfig, kv_bytes_per_token
 from localmoe.engine.executor import Executor
+from localmoe.engine.kv_cache import KVCache
 from localmoe.engine.scheduler import Scheduler
+from localmoe.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """One model being served, without any I/O: requests in, chunks out."""
+    """One model being served, without any I/O: requests in, chunks out.
 
-    def __init__(self, model: str, scheduler: Scheduler, executor: Executor, pool: BlockPool) -> None:
+    Args:
+        model: the name it is served under.
+        decoder: with its weights loaded.
+        config: resolved, that is with a `kv_cache_bytes`.
+    """
+
+    def __init__(self, model: str, decoder: Decoder, config: EngineConfig) -> None:
+        assert config.kv_cache_bytes is not None, "resolved against the model's shape"
         self._model = model
-        self.scheduler = scheduler
-        self._executor = executor
-        self._pool = pool
+        self._shape = shape = decoder.shape
+        self._max_context_tokens = config.max_context_tokens or shape.max_context_tokens
+        num_blocks = config.kv_cache_bytes // (config.block_tokens * kv_bytes_per_token(shape))
+        self._pool = BlockPool(num_blocks)
+        self._scheduler = Scheduler(config, self._pool)
+        self._executor = Executor(decoder, KVCache(shape, num_blocks, config.block_tokens))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is waiting or running."""
+        return self._scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            OverloadedError: the queue is full.
+            InvalidRequestError: token ids that the model does not have, or more of them than the cache can hold.
+        """
+        sampling, prompt_ids = request.sampling, request.prompt_ids
+        # Checked at this door whatever the gateway checked: one bad id would fail everybody in its step.
+        ids = [*prompt_ids, *sampling.logit_bias]
+        if not prompt_ids or min(ids) < 0 or max(ids) >= self._shape.vocab_size:
+            raise InvalidRequestError(
+                f"token ids must be from 0 to {self._shape.vocab_size - 1}, and at least one"
+            )
+        if len(prompt_ids) + sampling.max_tokens > self._max_context_tokens:
+            raise InvalidRequestError(
+                f"{len(prompt_ids)} prompt tokens and {sampling.max_tokens} to generate exceed the engine's context "
+                f"of {self._max_context_tokens}"
+            )
+        self._scheduler.add(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request; unknown ids are those that finished meanwhile."""
+        self._scheduler.cancel(request_id)
 
     def step(self) -> list[TokenChunk | RequestFailed]:
         """Bring every scheduled sequence one step forward; empty when nothing is to be done or seen."""
-        plan = self.scheduler.schedule()
+        plan = self._scheduler.schedule()
         if plan is None:
             return []
         try:
@@ -30,12 +74,12 @@ class Engine:
         except Exception as error:
             # Whatever went wrong (memory, a damaged weight), it must cost this step's requests only.
             logger.exception("step of %d tokens failed", plan.num_tokens)
-            return self.scheduler.fail(plan, f"the engine failed: {error}")
-        return self.scheduler.update(plan, results)
+            return self._scheduler.fail(plan, f"the engine failed: {error}")
+        return self._scheduler.update(plan, results)
 
     def state(self) -> EngineState:
         """Gauges and totals as of now."""
-        scheduler, pool = self.scheduler, self._pool
+        scheduler, pool = self._scheduler, self._pool
         return EngineState(
             model=self._model,
             num_running=scheduler.num_running,

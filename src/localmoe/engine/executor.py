@@ -49,15 +49,15 @@ class Executor:
         if not due:
             return results
         raw_SV = self._decoder.logits(hidden_TD[[ends[i] - 1 for i in due]])
-        finite = raw_SV.isfinite().all(-1).tolist()
         token_ids = sample(raw_SV.clone(), [steps[i] for i in due])
         for row, i in enumerate(due):
-            wanted = steps[i].sampling.logprobs
-            if not finite[row]:
-                results[i] = StepResult(fault="the model computed logits that are not finite numbers")
+            token_id, wanted = token_ids[row], steps[i].sampling.logprobs
+            if token_id is None:
+                results[i] = StepResult(fault="the logits of the next token are not finite numbers")
+                self._cache.scrub(steps[i].block_table)
             else:
-                logprob = None if wanted is None else score(raw_SV[row], token_ids[row], wanted)
-                results[i] = StepResult(token_id=token_ids[row], logprob=logprob)
+                logprob = None if wanted is None else score(raw_SV[row], token_id, wanted)
+                results[i] = StepResult(token_id=token_id, logprob=logprob)
         return results
 
     def _score_prompt(self, step: SequenceStep, hidden_TD: Tensor) -> tuple[TokenLogprob, ...]:

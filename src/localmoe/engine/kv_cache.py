@@ -1,5 +1,7 @@
 """The paged key-value cache's tensors, and where each token of a step lands in them."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,6 +25,13 @@ class KVCache:
         keys.flatten(0, 1)[batch.slots_T] = k_TGd
         values.flatten(0, 1)[batch.slots_T] = v_TGd
         return paged_attention(q_THd, keys, values, batch)
+
+    def scrub(self, blocks: Sequence[int]) -> None:
+        """Zero what is not a finite number in these blocks: masked slots are multiplied by zero, not skipped, so one
+        NaN would spread to whoever gets the block next."""
+        index = torch.tensor(blocks)
+        for cache in (self._keys, self._values):
+            cache[:, index] = cache[:, index].nan_to_num(0.0, 0.0, 0.0)
 
 
 def place(steps: list[SequenceStep], block_tokens: int) -> PagedBatch:

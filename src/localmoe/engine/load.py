@@ -1,23 +1,17 @@
 """From a store on disk to an engine that can step."""
 
-import logging
 from pathlib import Path
 
 import torch
 
-from localmoe.core.request import Request, SamplingParams
-from localmoe.engine.block_pool import BlockPool
-from localmoe.engine.config import EngineConfig, kv_bytes_per_token, weights_bytes
+from localmoe.core.errors import EngineStartError
+from localmoe.core.request import Request, RequestFailed, SamplingParams
+from localmoe.engine.config import EngineConfig, weights_bytes
 from localmoe.engine.engine import Engine
-from localmoe.engine.executor import Executor
 from localmoe.engine.experts import ResidentExperts
-from localmoe.engine.kv_cache import KVCache
-from localmoe.engine.scheduler import Scheduler
 from localmoe.formats.store import Store
 from localmoe.models import architecture
 from localmoe.models.decoder import Decoder
-
-logger = logging.getLogger(__name__)
 
 
 def load_engine(model: str, store_path: Path, config: EngineConfig, available_memory_bytes: int) -> Engine:
@@ -38,12 +32,7 @@ def load_engine(model: str, store_path: Path, config: EngineConfig, available_me
         shape = store.shape
         config = config.resolve(shape, available_memory_bytes - weights_bytes(shape))
         decoder = load_decoder(store)
-    assert config.kv_cache_bytes is not None
-    num_blocks = config.kv_cache_bytes // (config.block_tokens * kv_bytes_per_token(shape))
-    cache = KVCache(shape, num_blocks, config.block_tokens)
-    pool = BlockPool(num_blocks)
-    logger.info("%s: %d cache blocks of %d tokens", store_path, num_blocks, config.block_tokens)
-    return Engine(model, Scheduler(config, pool), Executor(decoder, cache), pool)
+    return Engine(model, decoder, config)
 
 
 def load_decoder(store: Store) -> Decoder:
@@ -53,8 +42,14 @@ def load_decoder(store: Store) -> Decoder:
 
 
 def warm_up(engine: Engine) -> None:
-    """Run one short request, so that the first client does not pay for lazy initialisation."""
+    """Run one short request, so that the first client does not pay for lazy initialisation.
+
+    Raises:
+        EngineStartError: the model cannot compute even that.
+    """
     sampling = SamplingParams(max_tokens=2, temperature=0.0)
-    engine.scheduler.add(Request(id="warm-up", model="", prompt_ids=[0, 0], sampling=sampling))
-    while engine.scheduler.has_work:
-        engine.step()
+    engine.add(Request(id="warm-up", model="", prompt_ids=[0, 0], sampling=sampling))
+    while engine.has_work:
+        for output in engine.step():
+            if isinstance(output, RequestFailed):
+                raise EngineStartError(f"the model cannot compute: {output.message}")

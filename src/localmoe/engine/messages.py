@@ -36,8 +36,6 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The model is loaded and warm."""
 
-    load_s: float
-
 
 class StartFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The engine cannot start, and would not if tried again."""

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ import msgspec
 import zmq
 
 from localmoe.core.errors import LocalMoEError, OverloadedError
-from localmoe.core.request import RequestFailed
+from localmoe.core.request import RequestFailed, TokenChunk
 from localmoe.engine.messages import Cancel, FromEngine, Launch, Outputs, Ready, StartFailed, ToEngine
 
 if TYPE_CHECKING:
@@ -28,32 +27,35 @@ logger = logging.getLogger(__name__)
 
 
 def serve(engine: "Engine", socket: "zmq.Socket[bytes]") -> None:
-    """Serve until the process ends."""
+    """Serve until the process ends. Every step is reported, also one that gives nothing to see: silence is how the
+    client knows a hung engine."""
     decoder = msgspec.msgpack.Decoder(ToEngine)
     encoder = msgspec.msgpack.Encoder()
     while True:
-        refused: list[RequestFailed] = []
-        changed = False
-        while socket.poll(0 if engine.scheduler.has_work or changed else None):
+        items: list[TokenChunk | RequestFailed] = []
+        if not engine.has_work:
+            socket.poll()
+        while socket.poll(0):
             message = decoder.decode(socket.recv())
-            changed = True
             if isinstance(message, Cancel):
-                engine.scheduler.cancel(message.request_id)
+                engine.cancel(message.request_id)
                 continue
             try:
-                engine.scheduler.add(message.request)
-            except OverloadedError as error:
-                refused.append(RequestFailed(request_id=message.request.id, message=str(error), overloaded=True))
-        items = [*refused, *engine.step()]
-        if items or changed:
-            socket.send(encoder.encode(Outputs(items=items, state=engine.state())))
+                engine.add(message.request)
+            except LocalMoEError as error:
+                overloaded = isinstance(error, OverloadedError)
+                failed = RequestFailed(request_id=message.request.id, message=str(error), overloaded=overloaded)
+                items.append(failed)
+        items += engine.step()
+        socket.send(encoder.encode(Outputs(items=items, state=engine.state())))
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too; the client decides.
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    lifeline = threading.Thread(target=_exit_with_parent, daemon=True)
+    lifeline.start()
     # OpenMP threads spin between two products unless told before torch is loaded. On cores shared with the gateway
     # (or anything else) a spinning thread keeps the one it waits for from running.
     os.putenv("OMP_WAIT_POLICY", "PASSIVE")
@@ -67,15 +69,13 @@ def main() -> None:
     def say(message: FromEngine) -> None:
         socket.send(msgspec.msgpack.encode(message))
 
-    started = time.monotonic()
     try:
         engine = load_engine(launch.model, Path(launch.store_path), launch.config, launch.available_memory_bytes)
         warm_up(engine)
     except (LocalMoEError, MemoryError) as error:
         say(StartFailed(message=str(error) or type(error).__name__))
-        socket.close(linger=5000)
-        sys.exit(1)
-    say(Ready(load_s=time.monotonic() - started))
+        lifeline.join()  # the client ends us once it has read why
+    say(Ready())
     serve(engine, socket)
 
 

@@ -17,16 +17,22 @@ from torch import Tensor
 from localmoe.core.plans import SequenceStep
 from localmoe.core.request import SamplingParams, TokenLogprob
 
+GREEDY_BELOW = 1e-5
+"""A temperature below this takes the likeliest token: the quotient would leave float32's range."""
 _NUCLEUS_CANDIDATES = 1024
 """Nearly every nucleus lies within this many tokens, and selecting them is much cheaper than sorting all."""
 
 
-def sample(logits_SV: Tensor, steps: Sequence[SequenceStep]) -> list[int]:
-    """Draw the next token of each sequence; `logits_SV` float32, one row per step, is modified."""
+def sample(logits_SV: Tensor, steps: Sequence[SequenceStep]) -> list[int | None]:
+    """Draw the next token of each sequence; `logits_SV` float32, one row per step, is modified.
+
+    None where the logits are not finite numbers, of the model's or a penalty's doing: there is nothing to draw from.
+    """
     for row, step in zip(logits_SV, steps, strict=True):
         adjust(row, step.sampling, *step.history)
+    finite = logits_SV.isfinite().all(-1).tolist()
     token_ids_S = logits_SV.argmax(-1)
-    drawn = [i for i, step in enumerate(steps) if step.sampling.temperature > 0]
+    drawn = [i for i, step in enumerate(steps) if finite[i] and step.sampling.temperature >= GREEDY_BELOW]
     if drawn:
         sampling = [steps[i].sampling for i in drawn]
         uniforms = [uniform(steps[i].seed, steps[i].start + len(steps[i].token_ids)) for i in drawn]
@@ -35,7 +41,7 @@ def sample(logits_SV: Tensor, steps: Sequence[SequenceStep]) -> list[int]:
         targets_S1 = torch.tensor(uniforms, dtype=torch.float64)[:, None] * cumulative_SV[:, -1:]
         # right=True: the first token whose cumulative sum exceeds the target, which has a probability above zero.
         token_ids_S[drawn] = torch.searchsorted(cumulative_SV, targets_S1, right=True).squeeze(-1)
-    return [int(token_id) for token_id in token_ids_S]
+    return [token_id if ok else None for token_id, ok in zip(token_ids_S.tolist(), finite, strict=True)]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -87,13 +93,11 @@ def _nucleus_floor(probabilities_V: Tensor, top_p: float) -> Tensor:
 
 
 def score(logits_V: Tensor, token_id: int, num_top: int) -> TokenLogprob:
-    """Log-probability and rank of a token under one row of unmodified logits."""
+    """Log-probability of a token under one row of unmodified logits."""
     logprobs_V = logits_V.log_softmax(-1)
     top = logprobs_V.topk(num_top)
-    own = logprobs_V[token_id]
     return TokenLogprob(
         token_id,
-        float(own),
-        int((logprobs_V > own).sum()) + 1,
+        float(logprobs_V[token_id]),
         list(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
     )

@@ -150,6 +150,7 @@ class Scheduler:
         for step in plan.sequences:
             sequence, result = running[step.sequence_id], results[step.sequence_id]
             if result.fault is not None:
+                self._pool.forget(sequence.blocks)
                 self._remove(sequence)
                 outputs.append(RequestFailed(request_id=sequence.request.id, message=result.fault))
                 continue
@@ -176,6 +177,7 @@ class Scheduler:
         if finish is None and len(sequence.output_ids) >= sampling.max_tokens:
             finish = FinishReason.LENGTH
         scores = sequence.prompt_logprobs if sequence.scores_prompt else None
+        says_usage = finish is not None or not sequence.sent_any
         sequence.sent_any, sequence.prompt_logprobs = True, []
         if finish is not None:
             self._remove(sequence)
@@ -185,7 +187,7 @@ class Scheduler:
             logprobs=[] if result.logprob is None else [result.logprob],
             prompt_logprobs=scores,
             finish_reason=finish,
-            usage=None if finish is None else sequence.usage(),
+            usage=sequence.usage() if says_usage else None,
         )
 
     def _step(self, sequence: _Sequence, count: int) -> SequenceStep:
