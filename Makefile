@@ -9,7 +9,7 @@ INSTALL := $(VENV)/bin/pip install --disable-pip-version-check --constraint cons
 
 setup: $(VENV)/.stamp-runtime
 
-setup-dev: $(VENV)/.stamp-dev
+setup-dev: setup $(VENV)/.stamp-dev
 
 run: setup
 	$(VENV)/bin/localmoe serve
@@ -35,7 +35,6 @@ $(VENV)/.stamp-runtime: $(REQUIREMENTS) | $(VENV)/bin/pip
 	$(INSTALL) .
 	@touch $@
 
-# The development install holds the runtime one, so it renews both stamps.
-$(VENV)/.stamp-dev: $(REQUIREMENTS) | $(VENV)/bin/pip
+$(VENV)/.stamp-dev: $(VENV)/.stamp-runtime
 	$(INSTALL) '.[dev]'
-	@touch $(VENV)/.stamp-runtime $@
+	@touch $@

@@ -83,19 +83,21 @@ def test_a_seed_fixes_the_answer(server: tuple[str, int]) -> None:
     assert ask(1) == ask(1) != ask(2)
 
 
-def test_scoring_a_prompt_agrees_with_generating_it(server: tuple[str, int]) -> None:
-    """Echoed log-probabilities of tokens equal those that greedy generation reported for them."""
+def test_scoring_a_prompt_as_evaluation_harnesses_do(server: tuple[str, int]) -> None:
+    """The prompt comes back with a log-probability for every token but the first, and the same as a prompt's part."""
     url, _ = server
-    first = httpx2.post(f"{url}/v1/completions", json=completion("hello", max_tokens=12, logprobs=0), timeout=60)
-    generated = first.json()["choices"][0]
-    # The random model's text need not survive detokenizing, so the scored prompt is given as token ids.
-    prompt_ids = httpx2.post(f"{url}/v1/tokenize", json={"model": MODEL, "prompt": "hello"}).json()["tokens"]
-    body = completion("", max_tokens=0, echo=True, logprobs=1) | {"prompt": prompt_ids}
-    scored = httpx2.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]
-    assert scored["text"] == "hello"
-    assert scored["logprobs"]["token_logprobs"][0] is None
-    assert len(scored["logprobs"]["token_logprobs"]) == len(prompt_ids)
-    assert len(generated["logprobs"]["token_logprobs"]) == 12
+
+    def score(prompt: str) -> list[float | None]:
+        body = completion(prompt, max_tokens=0, echo=True, logprobs=1)
+        choice = httpx2.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]
+        assert choice["text"] == prompt
+        logprobs: list[float | None] = choice["logprobs"]["token_logprobs"]
+        return logprobs
+
+    short, long = score("hello"), score("hello the lazy dog")
+    assert short[0] is None
+    assert all(isinstance(value, float) and value < 0 for value in long[1:])
+    assert long[1 : len(short)] == pytest.approx(short[1:], abs=1e-4)
 
 
 def test_64_streams_a_third_of_them_cancelled_and_1000_requests_leave_nothing_behind(
@@ -166,6 +168,7 @@ def test_killing_the_engine_fails_open_streams_and_the_next_request_succeeds(ser
         assert refused.status_code == 503
         assert float(refused.headers["retry-after"]) > 0
     wait_ready(url)
+    assert metric(url, "vllm:num_requests_running") == metric(url, "vllm:kv_cache_usage_perc") == 0
     answer = httpx2.post(f"{url}/v1/completions", json=completion("hello", max_tokens=2), timeout=60)
     assert answer.status_code == 200, answer.text
     assert metric(url, "localmoe_engine_restarts_total") == 1

@@ -96,7 +96,17 @@ def test_a_wrong_expert_would_show(tiny_home: Path) -> None:
     assert (paged_logits(decoder, token_ids, 64) - before).abs().max() > 100 * MAX_LOGIT_ERROR
 
 
-@pytest.mark.parametrize("key", ["rope_scaling", "hidden_act", "num_hidden_layers", "num_key_value_heads"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "rope_scaling",
+        "hidden_act",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "model_type",
+        "tie_word_embeddings",
+    ],
+)
 def test_configurations_that_would_compute_something_else_are_refused(tiny_home: Path, key: str) -> None:
     from localmoe.core.errors import CheckpointError
     from localmoe.models import architecture
@@ -107,8 +117,10 @@ def test_configurations_that_would_compute_something_else_are_refused(tiny_home:
     config[key] = {
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
         "hidden_act": "gelu",
-        "num_hidden_layers": 1 << 40,
+        "num_hidden_layers": 1 << 20,
         "num_key_value_heads": 3,
+        "model_type": ["llama"],
+        "tie_word_embeddings": "no",
     }[key]
     with pytest.raises(CheckpointError, match=r"config\.json: "):
         architecture(config).parse_shape(config)

@@ -4,9 +4,11 @@ import json
 import math
 from typing import Any
 
+import pydantic
 import pytest
 
 from localmoe.backends.scripted import ScriptedBackend
+from localmoe.gateway.completions_schema import CompletionRequest
 from localmoe.text.text_model import TextModel
 from support.tiny_text import write_tiny_text_model
 
@@ -100,7 +102,9 @@ CASES: list[tuple[tuple[str, Any], int, str, str | None]] = [
     (chat(top_k=1.5), 400, "valid integer", "top_k"),
     (chat(top_k=2**40), 400, "less than or equal to", "top_k"),
     (chat(min_p=-math.inf), 400, "min_p", "min_p"),
-    (chat(repetition_penalty=0), 400, "greater than 0", "repetition_penalty"),
+    (chat(repetition_penalty=0), 400, "greater than or equal to 0.01", "repetition_penalty"),
+    (chat(repetition_penalty=0.009), 400, "greater than or equal to 0.01", "repetition_penalty"),
+    (chat(repetition_penalty=100.1), 400, "less than or equal to 100", "repetition_penalty"),
     (chat(presence_penalty=3), 400, "less than or equal to 2", "presence_penalty"),
     (chat(frequency_penalty=-3), 400, "greater than or equal to -2", "frequency_penalty"),
     (chat(n=0), 400, "n: Input should be greater than or equal to 1; got 0", "n"),
@@ -167,6 +171,14 @@ CASES: list[tuple[tuple[str, Any], int, str, str | None]] = [
     (completion(prompt=[5] * 300), 400, "the prompt has 300", "prompt"),
     (completion(prompt=[5] * 256), 400, "needs room for at least 1 more", "prompt"),
     (completion(prompt=[5] * (2**20 + 1)), 400, "at most 1048576 items", "prompt"),
+    (
+        message(content="hello " * 2000),
+        400,
+        "context is 256 tokens; the prompt's 12050 bytes are at least 1005 tokens",
+        "messages",
+    ),
+    (completion(prompt=["a", "世" * 2000]), 400, "6000 bytes are at least 500 tokens", "prompt[1]"),
+    (("/v1/tokenize", {"model": "tiny", "prompt": "a" * 9999}), 400, "at least 834 tokens", "prompt"),
     (completion(suffix="x"), 400, "suffix: not supported", "suffix"),
     (completion(best_of=3), 400, "best_of: not supported", "best_of"),
     (completion(logprobs=21), 400, "less than or equal to 20", "logprobs"),
@@ -233,3 +245,11 @@ async def test_templates_errors_and_missing_templates_are_bad_requests(serve, tm
         assert response.status_code == 400
         assert words in response.json()["error"]["message"]
         assert response.json()["error"]["param"] == "messages"
+
+
+def test_many_unknown_fields_cost_one_complaint() -> None:
+    """A complaint about each of a million would stall every other client for seconds."""
+    body = {"model": "tiny", "prompt": "x"} | {f"k{i}": 1 for i in range(1000)}
+    with pytest.raises(pydantic.ValidationError) as caught:
+        CompletionRequest.model_validate(body)
+    assert [error["loc"] for error in caught.value.errors()] == [("k0",)]

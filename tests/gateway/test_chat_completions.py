@@ -1,16 +1,22 @@
 """What `/v1/chat/completions` answers and what it asks of the engine."""
 
 import json
+import threading
 from typing import Any
 
+import httpx2
+import msgspec
 import pytest
 
 from localmoe.backends.scripted import ScriptedBackend
 from localmoe.core.events import EventBus, RequestFinished
 from localmoe.core.request import Request, SamplingParams
+from localmoe.gateway.app import create_app
 from localmoe.gateway.chat_schema import ChatCompletion, ChatCompletionChunk
+from localmoe.gateway.config import GatewayConfig
+from localmoe.text.chat_template import ChatTemplate
 from localmoe.text.text_model import TextModel
-from support.tiny_text import encode, write_tiny_text_model
+from support.tiny_text import encode, served_model, write_tiny_text_model
 
 URL = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -323,7 +329,7 @@ async def test_every_answer_is_published(serve, text_model: TextModel) -> None:
     assert (limited.outcome, limited.completion_tokens, limited.inter_token_s) == ("length", 1, ())
 
 
-async def test_a_large_conversation_leaves_the_event_loop_free(serve, text_model: TextModel) -> None:
+async def test_a_large_conversation_leaves_the_event_loop_free(text_model: TextModel) -> None:
     import asyncio
     import time
 
@@ -337,7 +343,11 @@ async def test_a_large_conversation_leaves_the_event_loop_free(serve, text_model
 
     # Long enough that tokenizing it takes most of a second.
     messages = [{"role": "user", "content": "the quick brown fox " * 50_000}]
-    async with serve(ScriptedBackend(encode(text_model, "x"))) as client:
+    # So long a context that only tokenizing tells that this does not fit.
+    model = served_model(text_model, ScriptedBackend([9]), context_tokens=100_000)
+    app = create_app([model], config=GatewayConfig(), bus=EventBus(), render_metrics=lambda: (b"", ""))
+    transport = httpx2.ASGITransport(app=app)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
         ticker = asyncio.create_task(tick())
         await asyncio.sleep(0.01)
         started_s = time.monotonic()
@@ -347,3 +357,52 @@ async def test_a_large_conversation_leaves_the_event_loop_free(serve, text_model
         ticker.cancel()
     assert response.json()["error"]["code"] == "context_length_exceeded"
     assert max(gaps) < taken_s / 2
+
+
+@pytest.mark.parametrize("stop", ["world", None])
+async def test_what_the_engine_says_first_counts_however_the_answer_ends(
+    serve, text_model: TextModel, stop: str | None
+) -> None:
+    class Caching(ScriptedBackend):
+        """Says what it found in its cache and how long it took; after the first chunk, the count again."""
+
+        async def generate(self, request: Request):
+            async for chunk in super().generate(request):
+                if chunk.usage is not None:
+                    times = {"cached_tokens": 16, "queue_s": 0.25, "prefill_s": 0.5}
+                    chunk = msgspec.structs.replace(chunk, usage=msgspec.structs.replace(chunk.usage, **times))
+                yield chunk
+
+    finished: list[RequestFinished] = []
+    bus = EventBus()
+    bus.subscribe(finished.append)
+    async with serve(Caching(encode(text_model, "hello world, fox")), bus=bus) as client:
+        whole = (await client.post(URL, json=body(stop=stop))).json()
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        stream = data_lines((await client.post(URL, json=body(stop=stop, **options))).text)
+    for usage in (whole["usage"], stream[-1]["usage"]):
+        assert usage["prompt_tokens_details"] == {"cached_tokens": 16}
+    assert [(event.queue_s, event.prefill_s) for event in finished] == [(0.25, 0.5)] * 2
+
+
+@pytest.mark.parametrize(("given", "used"), [(0, 0.0), (9.9e-6, 0.0), (1e-5, 1e-5), (0.7, 0.7), (None, 1.0)])
+async def test_hardly_any_temperature_is_none(serve, given: float | None, used: float) -> None:
+    backend, seen = capture([9])
+    async with serve(backend) as client:
+        await client.post(URL, json=body(temperature=given))
+    assert seen[0].sampling.temperature == used
+
+
+async def test_templates_are_rendered_off_the_event_loop(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    render = ChatTemplate.render
+
+    def watched(template: ChatTemplate, messages: Any) -> str:
+        threads.append(threading.get_ident())
+        return render(template, messages)
+
+    monkeypatch.setattr(ChatTemplate, "render", watched)
+    async with serve(ScriptedBackend([9])) as client:
+        assert (await client.post(URL, json=body())).is_success
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()

@@ -1,6 +1,8 @@
 """What `/v1/completions` answers: prompts in four forms, and scoring by `echo` and `logprobs`."""
 
+import asyncio
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -9,7 +11,9 @@ from localmoe.backends.scripted import ScriptedBackend
 from localmoe.core.errors import EngineFaultError
 from localmoe.core.request import Request, TokenChunk
 from localmoe.gateway.completions_schema import Completion
+from localmoe.gateway.config import GatewayConfig
 from localmoe.text.text_model import TextModel
+from localmoe.text.tokenizer import Tokenizer
 from support.tiny_text import BOS, encode, write_tiny_text_model
 
 URL = "/v1/completions"
@@ -158,7 +162,7 @@ async def test_minus_infinity_is_written_as_a_number(serve, text_model: TextMode
         async def generate(self, request: Request):
             async for chunk in super().generate(request):
                 scored = [
-                    type(entry)(entry.token_id, 0.0, 1, [(entry.token_id, 0.0), (3, float("-inf"))])
+                    type(entry)(entry.token_id, 0.0, [(entry.token_id, 0.0), (3, float("-inf"))])
                     for entry in chunk.logprobs
                 ]
                 yield TokenChunk(
@@ -196,3 +200,115 @@ async def test_a_prompt_may_fill_the_context_when_only_scored(serve, text_model:
         assert response.status_code == 200
         response = await client.post(URL, json=body(prompt=[5] * 257, max_tokens=0))
         assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_is_scored_once_for_all_its_answers(serve, text_model: TextModel, stream: bool) -> None:
+    seen: list[Request] = []
+
+    class FirstIsLast(ScriptedBackend):
+        """The first answer to each prompt begins after the others have ended."""
+
+        async def generate(self, request: Request):
+            seen.append(request)
+            if int(request.id.rsplit("-")[-1]) % 3 == 0:
+                await asyncio.sleep(0.05)
+            async for chunk in super().generate(request):
+                yield chunk
+
+    fields = {"prompt": ["hello", "fox dog"], "n": 3, "echo": True, "logprobs": 1, "max_tokens": 2}
+    async with serve(FirstIsLast(encode(text_model, " world fox"))) as client:
+        response = await client.post(URL, json=body(**fields, stream=stream))
+    assert [request.sampling.prompt_logprobs for request in seen] == [1, None, None] * 2
+    answer = [event["choices"][0] for event in events(response.text)] if stream else response.json()["choices"]
+    for index in range(6):
+        own = [choice for choice in answer if choice["index"] == index]
+        text = fields["prompt"][index // 3]
+        assert "".join(choice["text"] for choice in own).startswith(f"{text} world")
+        parts = [choice["logprobs"] for choice in own if choice["logprobs"]]
+        scores = [score for part in parts for score in part["token_logprobs"]]
+        assert scores == [None] + [-0.5] * (len(encode(text_model, text, end=False)) - 1 + 2)
+        assert own[-1]["finish_reason"] == "length"
+
+
+async def test_the_log_probabilities_of_one_request_are_bounded(serve) -> None:
+    fields = {"prompt": [[5] * 10] * 4, "n": 2, "echo": True, "logprobs": 4, "max_tokens": 3}
+    num_entries = 4 * 2 * (10 + 3) * (4 + 1)
+    backend = ScriptedBackend([9])
+    async with serve(backend, config=GatewayConfig(max_logprobs=num_entries)) as client:
+        assert (await client.post(URL, json=body(**fields))).status_code == 200
+        assert (await client.post(URL, json=body(**{**fields, "max_tokens": 99, "logprobs": None}))).is_success
+        for change in ({"logprobs": 5}, {"max_tokens": 4}, {"n": 3}, {"prompt": [[5] * 10] * 3 + [[5] * 11]}):
+            response = await client.post(URL, json=body(**{**fields, **change}))
+            assert response.status_code == 400
+            assert response.json()["error"]["param"] == "logprobs"
+            assert f"at most {num_entries} are allowed" in response.json()["error"]["message"]
+        chat = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "logprobs": True}
+        assert (await client.post("/v1/chat/completions", json=chat)).is_success
+        response = await client.post("/v1/chat/completions", json={**chat, "top_logprobs": 20})
+    assert "logprobs: up to 236 tokens with 20 alternatives each are 4956" in response.json()["error"]["message"]
+
+
+class Watched:
+    """Notes in which threads texts are tokenized."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.in_loop: list[bool] = []
+        loop_thread = threading.get_ident()
+        encode_text = Tokenizer.encode
+
+        def watched(tokenizer: Tokenizer, text: str, **kwargs: Any) -> list[int]:
+            self.in_loop.append(threading.get_ident() == loop_thread)
+            return encode_text(tokenizer, text, **kwargs)
+
+        monkeypatch.setattr(Tokenizer, "encode", watched)
+
+
+async def test_many_small_texts_are_tokenized_off_the_event_loop(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch)
+    async with serve(ScriptedBackend([9])) as client:
+        assert (await client.post(URL, json=body(prompt=["hi"] * 3))).is_success
+        assert (await client.post(URL, json=body(prompt=["hi " * 40] * 100, max_tokens=1))).is_success
+    assert watched.in_loop == [True] * 3 + [False] * 100
+
+
+async def test_a_text_that_cannot_fit_is_not_tokenized(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch)
+    async with serve(ScriptedBackend([9])) as client:
+        response = await client.post(URL, json=body(prompt="hello " * 2000))
+        assert response.json()["error"]["code"] == "context_length_exceeded"
+        assert watched.in_loop == []
+        # All longest tokens, so many that one byte more could not fit.
+        response = await client.post(URL, json=body(prompt=BOS * 256, max_tokens=0))
+        assert response.is_success
+        assert len(watched.in_loop) == 1
+        response = await client.post(URL, json=body(prompt=BOS * 256 + "a", max_tokens=0))
+    assert "are at least 257 tokens" in response.json()["error"]["message"]
+    assert len(watched.in_loop) == 1
+
+
+@pytest.mark.parametrize("url", [URL, "/v1/chat/completions", "/v1/tokenize"])
+async def test_tokens_that_the_model_has_no_rows_for_are_refused(serve, tmp_path, url: str) -> None:
+    write_tiny_text_model(tmp_path)
+    serialized = json.loads((tmp_path / "tokenizer.json").read_text())
+    extra = {"id": 400, "content": "<|extra|>", "single_word": False, "lstrip": False, "rstrip": False}
+    serialized["added_tokens"].append({**extra, "normalized": False, "special": True})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(serialized))
+    text = TextModel.load(tmp_path)
+    token_id = text.tokenizer.encode("<|extra|>", add_special_tokens=False)[0]
+    assert token_id >= text.vocab_size
+    seen: list[Request] = []
+
+    def script(request: Request) -> list[int]:
+        seen.append(request)
+        return [9]
+
+    async with serve(ScriptedBackend(script), text=text) as client:
+        content = "hello <|extra|>"
+        fields = {"messages": [{"role": "user", "content": content}]} if "chat" in url else {"prompt": content}
+        response = await client.post(url, json={"model": "tiny", **fields})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert f"token id {token_id} ('<|extra|>') is not in the vocabulary of {text.vocab_size}" in error["message"]
+    assert error["param"] == next(iter(fields))
+    assert seen == []

@@ -1,5 +1,6 @@
 """The HTTP around the APIs: routes, bodies, ids, limits."""
 
+import asyncio
 import json
 import re
 from typing import Any
@@ -145,6 +146,31 @@ async def test_a_chunked_body_is_cut_off_at_the_bound(serve) -> None:
     assert taken == 5
 
 
+@pytest.mark.parametrize("dribbles", [False, True])
+async def test_a_body_that_does_not_come_is_given_up(text_model: TextModel, dribbles: bool) -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.01 if dribbles else 30)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    app = scripted_app(text_model, ScriptedBackend([5]), config=GatewayConfig(body_timeout_s=0.1))
+    scope = {"type": "http", "method": "POST", "path": CHAT, "query_string": b"", "headers": []}
+    async with asyncio.timeout(5):
+        await app(scope, receive, send)
+    assert sent[0]["status"] == 408
+    assert (b"connection", b"close") in sent[0]["headers"]
+    assert json.loads(sent[1]["body"])["error"] == {
+        "message": "the body did not come whole within 0.1 s",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "request_timeout",
+    }
+
+
 @pytest.mark.parametrize("declared", ["-5", "x", "٤", "9" * 30])
 async def test_a_senseless_content_length_is_refused(declared: str) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -159,7 +185,7 @@ async def test_a_senseless_content_length_is_refused(declared: str) -> None:
         sent.append(message)
 
     scope = {"type": "http", "headers": [(b"content-length", declared.encode("utf-8"))]}
-    await BodyLimitMiddleware(app, max_body_bytes=4096)(scope, receive, send)
+    await BodyLimitMiddleware(app, max_body_bytes=4096, timeout_s=60)(scope, receive, send)
     assert sent[0]["status"] == 413
 
 
@@ -228,8 +254,9 @@ def test_two_models_of_one_name_are_refused(text_model: TextModel) -> None:
 
 
 def test_the_configuration_refuses_senseless_values() -> None:
-    with pytest.raises(ValueError, match="must be positive"):
-        GatewayConfig(keepalive_s=0)
+    for name in ("max_body_bytes", "keepalive_s", "max_choices", "max_logprobs", "body_timeout_s"):
+        with pytest.raises(ValueError, match="must be positive"):
+            GatewayConfig(**{name: 0})
 
 
 def test_the_documentation_shows_the_real_fields(text_model: TextModel) -> None:

@@ -79,19 +79,27 @@ class Broken(ScriptedBackend):
 
     async def generate(self, request: Request):
         yield TokenChunk(request_id=request.id, token_ids=[40])
+        if self._how == "cancel":
+            raise asyncio.CancelledError
         if self._how == "crash":
             raise ZeroDivisionError("a secret of the house")
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("how", "words"), [("crash", "the server failed on this request"), ("vanish", "without a finish reason")]
+    ("how", "words"),
+    [
+        ("crash", "the server failed on this request"),
+        ("vanish", "without a finish reason"),
+        ("cancel", "the engine broke the answer off"),
+    ],
 )
 async def test_unexpected_failures_tell_no_secrets(
     serve, caplog: pytest.LogCaptureFixture, how: str, words: str, stream: bool
 ) -> None:
     async with serve(Broken(how)) as client:
-        response = await client.post(CHAT, json={**BODY, "stream": stream})
+        async with asyncio.timeout(5):
+            response = await client.post(CHAT, json={**BODY, "stream": stream})
     assert response.status_code == (200 if stream else 500)
     last = response.text.removesuffix("\n\n").split("\n\n")[-1]
     assert words in json.loads(last.removeprefix("data: "))["error"]["message"]

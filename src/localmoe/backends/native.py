@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 from localmoe.core.errors import BackendUnavailableError, EngineDiedError, EngineStartError, LocalMoEError
-from localmoe.core.events import EngineRestarted, EventBus
+from localmoe.core.events import EngineRestarted, EngineState, EventBus
 from localmoe.core.request import Request, TokenChunk
 from localmoe.engine.client import EngineClient
 from localmoe.engine.config import EngineConfig
@@ -107,6 +107,7 @@ class NativeBackend:
             logger.error("%s; starting another", reason)
             self._state = f"restarting, because {reason}"
             self._bus.publish(EngineRestarted(model=self._model, reason=reason))
+            self._bus.publish(EngineState.empty(self._model))
             if time.monotonic() - started > _STABLE_S:
                 backoff_s = _FIRST_BACKOFF_S
             backoff_s = await self._start_again(backoff_s)

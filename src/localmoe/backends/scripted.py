@@ -117,7 +117,7 @@ class ScriptedBackend:
             logprobs=[] if top is None else [_logprob(token_id, top) for token_id in token_ids],
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
-            usage=None if reason is None else usage,
+            usage=usage if num_tokens <= 1 or reason is not None else None,
         )
 
 

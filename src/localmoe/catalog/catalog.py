@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from localmoe.catalog.building import Progress, build_lock, fresh_directory
 from localmoe.core.errors import CheckpointError, ModelBuildError, ModelFileError, ModelNotFoundError
-from localmoe.core.model import WeightFormat
+from localmoe.core.model import ModelShape, TensorNames, WeightFormat
 from localmoe.formats.files import MAX_FILE_BYTES, read_json_object
 
 if TYPE_CHECKING:
@@ -225,15 +225,22 @@ def write_model_store(
     """Write `stores/<weights>.store` in a model's directory, out of a checkpoint that may be elsewhere."""
     from localmoe.catalog.threads import one_thread
     from localmoe.formats.convert import write_store
-    from localmoe.models import architecture
 
-    decoder = architecture(checkpoint.config)
-    shape = decoder.parse_shape(checkpoint.config)
+    shape, names = _shape_and_names(checkpoint)
     path = directory / "stores" / f"{weights}.store"
     path.parent.mkdir(exist_ok=True)
     on_store = partial(on_progress, f"writing {path.name}")
     with one_thread():
-        write_store(checkpoint, decoder.tensor_names(shape), shape, weights, path, on_store)
+        write_store(checkpoint, names, shape, weights, path, on_store)
+
+
+def _shape_and_names(checkpoint: "Checkpoint") -> tuple[ModelShape, TensorNames]:
+    """What the checkpoint's configuration says it holds."""
+    from localmoe.models import architecture
+
+    decoder = architecture(checkpoint.config)
+    shape = decoder.parse_shape(checkpoint.config)
+    return shape, decoder.tensor_names(shape)
 
 
 def _entry(directory: Path) -> ModelEntry:
@@ -261,10 +268,7 @@ def _has_checkpoint(directory: Path) -> bool:
 
 def _check_names(checkpoint: "Checkpoint") -> int:
     """How many tensors the architecture needs; raises CheckpointError if one is not there."""
-    from localmoe.models import architecture
-
-    decoder = architecture(checkpoint.config)
-    names = decoder.tensor_names(decoder.parse_shape(checkpoint.config))
+    _, names = _shape_and_names(checkpoint)
     needed = {*names.dense.values()}.union(*names.experts.values())
     if missing := sorted(needed - checkpoint.names):
         raise CheckpointError(

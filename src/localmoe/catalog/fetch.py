@@ -59,6 +59,8 @@ def fetch_pinned_file(pinned: PinnedFile, directory: Path) -> Path:
 
 def check_sha256(path: Path, expected: str) -> None:
     """Raises ModelBuildError unless the file's SHA-256 is `expected`."""
+    if not path.is_file():  # a device might never end
+        raise ModelBuildError(f"{path}: is not a file")
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()

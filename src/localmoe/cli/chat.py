@@ -1,5 +1,6 @@
 """`localmoe chat`: a conversation in the terminal, over the HTTP API that every other client uses."""
 
+import io
 import signal
 import sys
 import time
@@ -299,6 +300,8 @@ def chat(
         sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
         conversation = Conversation(client, model=name, system=system, sampling=sampling)
         interactive = sys.stdin.isatty()
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # what is not text cannot be sent
         if interactive:
             print(f"Chatting with {name}. {HELP}")
         converse(conversation, _typed_lines() if interactive else iter(sys.stdin), interactive=interactive)

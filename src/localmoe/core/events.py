@@ -45,6 +45,20 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens found since start."""
     num_preemptions: int
 
+    @classmethod
+    def empty(cls, model: str) -> "EngineState":
+        """Of an engine that is not there."""
+        return cls(
+            model=model,
+            num_running=0,
+            num_waiting=0,
+            kv_blocks_used=0,
+            kv_blocks_total=0,
+            prefix_cache_queries=0,
+            prefix_cache_hits=0,
+            num_preemptions=0,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRestarted:

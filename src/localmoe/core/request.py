@@ -70,7 +70,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a request took; accompanies the last chunk."""
+    """What a request took; accompanies the first chunk and the last."""
 
     prompt_tokens: int
     completion_tokens: int

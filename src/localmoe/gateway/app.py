@@ -45,7 +45,7 @@ def create_app(
         redirect_slashes=False,  # a redirect would carry the client's Host header
         middleware=[
             Middleware(RequestIdMiddleware),
-            Middleware(BodyLimitMiddleware, max_body_bytes=config.max_body_bytes),
+            Middleware(BodyLimitMiddleware, max_body_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s),
         ],
         exception_handlers={
             LocalMoEError: handle_known_error,

@@ -20,13 +20,12 @@ from localmoe.gateway.chat_schema import (
     ChatDelta,
 )
 from localmoe.gateway.context import GatewayContext, ServedModel
-from localmoe.gateway.disconnect import run_until_disconnect
 from localmoe.gateway.generation import Choice, ChoiceDelta, ScoredToken, UsageCounter, stream_choices
 from localmoe.gateway.logprobs import chat_logprobs
 from localmoe.gateway.openapi import ERROR_RESPONSES, stream_or
 from localmoe.gateway.prompts import encode_chat
-from localmoe.gateway.responses import EventStreamResponse, encode_event, json_response
-from localmoe.gateway.sampling import resolve_max_tokens, sampling_params
+from localmoe.gateway.responses import respond
+from localmoe.gateway.sampling import check_num_logprobs, resolve_max_tokens, sampling_params
 
 API = "chat.completions"
 
@@ -46,15 +45,9 @@ def router(context: GatewayContext) -> APIRouter:
         model = context.model(body.model)
         prompt_ids = await encode_chat(model, [message.for_template() for message in body.messages])
         answer = ChatAnswer(body, model, prompt_ids)
+        check_num_logprobs(answer.choices, echo=False, limit=context.config.max_logprobs)
         deltas = stream_choices(model, answer.choices, api=API, bus=context.bus, started_s=started_s)
-        if body.stream:
-            return EventStreamResponse(
-                answer.events(deltas),
-                keepalive_s=context.config.keepalive_s,
-                headers=body.ignored_headers(),
-            )
-        completion = await run_until_disconnect(request.receive, answer.collect(deltas))
-        return json_response(completion, headers=body.ignored_headers())
+        return await respond(answer, deltas, body=body, request=request, keepalive_s=context.config.keepalive_s)
 
     return routes
 
@@ -72,7 +65,7 @@ class ChatAnswer:
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._with_logprobs = body.num_logprobs is not None
-        self._include_usage = body.include_usage
+        self._begun: set[int] = set()
         self.choices: Sequence[Choice] = [
             Choice(
                 index=index,
@@ -88,7 +81,7 @@ class ChatAnswer:
             )
             for index in range(body.n or 1)
         ]
-        self._usage = UsageCounter(self.choices, len(self.choices))
+        self.usage = UsageCounter(self.choices, len(self.choices))
 
     async def collect(self, deltas: AsyncGenerator[ChoiceDelta, None]) -> ChatCompletion:
         """The answer in one piece."""
@@ -97,7 +90,7 @@ class ChatAnswer:
         reasons: dict[int, FinishReason] = {}
         async with aclosing(deltas):
             async for delta in deltas:
-                self._usage.count(delta)
+                self.usage.count(delta)
                 texts[delta.index].append(delta.text)
                 scored[delta.index] += delta.scored
                 if delta.finish_reason is not None:
@@ -116,47 +109,32 @@ class ChatAnswer:
                 )
                 for index in range(len(self.choices))
             ],
-            usage=self._usage.usage(),
+            usage=self.usage.usage(),
         )
 
-    async def events(self, deltas: AsyncGenerator[ChoiceDelta, None]) -> AsyncGenerator[bytes, None]:
-        """The answer as encoded events: per choice a role chunk, texts, and an empty chunk with the reason."""
-        begun: set[int] = set()
-        async with aclosing(deltas):
-            async for delta in deltas:
-                self._usage.count(delta)
-                if delta.index not in begun:
-                    begun.add(delta.index)
-                    yield self._chunk(delta.index, ChatDelta(role="assistant", content=""))
-                if delta.text or delta.scored:
-                    yield self._chunk(delta.index, ChatDelta(content=delta.text), scored=delta.scored)
-                if delta.finish_reason is not None:
-                    yield self._chunk(delta.index, ChatDelta(), finish_reason=delta.finish_reason)
-        if self._include_usage:
-            chunk = self._envelope([])
-            chunk.usage = self._usage.usage()
-            yield encode_event(chunk)
+    def pieces(self, delta: ChoiceDelta) -> list[ChatChunkChoice]:
+        """See `Answer.pieces`: the role at first, the text, and an empty piece with the reason at the end."""
+        index = delta.index
+        pieces = []
+        if index not in self._begun:
+            self._begun.add(index)
+            begin = ChatDelta(role="assistant", content="")
+            pieces.append(ChatChunkChoice(index=index, delta=begin, logprobs=None, finish_reason=None))
+        if delta.text or delta.scored:
+            logprobs = chat_logprobs(self._tokenizer, delta.scored) if delta.scored else None
+            text = ChatDelta(content=delta.text)
+            pieces.append(ChatChunkChoice(index=index, delta=text, logprobs=logprobs, finish_reason=None))
+        if delta.finish_reason is not None:
+            reason = delta.finish_reason
+            pieces.append(ChatChunkChoice(index=index, delta=ChatDelta(), logprobs=None, finish_reason=reason))
+        return pieces
 
-    def _chunk(
-        self,
-        index: int,
-        delta: ChatDelta,
-        *,
-        scored: Sequence[ScoredToken] = (),
-        finish_reason: FinishReason | None = None,
-    ) -> bytes:
-        logprobs = chat_logprobs(self._tokenizer, scored) if scored else None
-        choice = ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
-        return encode_event(self._envelope([choice]))
-
-    def _envelope(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
-        chunk = ChatCompletionChunk(
+    def chunk(self, pieces: Sequence[ChatChunkChoice]) -> ChatCompletionChunk:
+        """See `Answer.chunk`."""
+        return ChatCompletionChunk(
             id=self._id,
             object="chat.completion.chunk",
             created=self._created,
             model=self._model_id,
-            choices=choices,
+            choices=list(pieces),
         )
-        if self._include_usage:
-            chunk.usage = None  # set, so that it is sent as null
-        return chunk

@@ -4,13 +4,13 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from localmoe.core.errors import EngineFaultError, InvalidRequestError
 from localmoe.core.request import Request as GenerationRequest
+from localmoe.core.request import TokenLogprob
 from localmoe.gateway.completions_schema import (
     Completion,
     CompletionChoice,
@@ -18,26 +18,14 @@ from localmoe.gateway.completions_schema import (
     CompletionRequest,
 )
 from localmoe.gateway.context import GatewayContext, ServedModel
-from localmoe.gateway.disconnect import run_until_disconnect
 from localmoe.gateway.generation import Choice, ChoiceDelta, UsageCounter, stream_choices
 from localmoe.gateway.logprobs import completion_logprobs, join, prompt_logprobs
 from localmoe.gateway.openapi import ERROR_RESPONSES, stream_or
-from localmoe.gateway.prompts import encode_text, work_on
-from localmoe.gateway.responses import EventStreamResponse, encode_event, json_response
-from localmoe.gateway.sampling import check_token_id, resolve_max_tokens, sampling_params
+from localmoe.gateway.prompts import EncodedPrompt, encode_prompts
+from localmoe.gateway.responses import respond
+from localmoe.gateway.sampling import check_num_logprobs, resolve_max_tokens, sampling_params
 
 API = "completions"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodedPrompt:
-    """One prompt, ready for the engine."""
-
-    ids: list[int]
-    text: str
-    """What `echo` shows; empty if it was not asked for."""
-    num_prefix_tokens: int
-    """Tokens at the beginning that the text does not show."""
 
 
 def router(context: GatewayContext) -> APIRouter:
@@ -53,53 +41,24 @@ def router(context: GatewayContext) -> APIRouter:
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         started_s = time.monotonic()
         model = context.model(body.model)
-        prompts = await encode_prompts(body, model, max_choices=context.config.max_choices)
+        given = _prompts(body.prompt)
+        _check_num_choices(len(given), body.n or 1, limit=context.config.max_choices)
+        prompts = await encode_prompts(given, model, echo=bool(body.echo))
         answer = CompletionAnswer(body, model, prompts)
+        check_num_logprobs(answer.choices, echo=bool(body.echo), limit=context.config.max_logprobs)
         deltas = stream_choices(model, answer.choices, api=API, bus=context.bus, started_s=started_s)
-        if body.stream:
-            return EventStreamResponse(
-                answer.events(deltas),
-                keepalive_s=context.config.keepalive_s,
-                headers=body.ignored_headers(),
-            )
-        completion = await run_until_disconnect(request.receive, answer.collect(deltas))
-        return json_response(completion, headers=body.ignored_headers())
+        return await respond(answer, deltas, body=body, request=request, keepalive_s=context.config.keepalive_s)
 
     return routes
 
 
-async def encode_prompts(body: CompletionRequest, model: ServedModel, *, max_choices: int) -> list[EncodedPrompt]:
-    """Token ids of every prompt, in whichever of the four ways they were given.
-
-    Raises:
-        InvalidRequestError: too many choices, an empty prompt, or an id outside the vocabulary.
-    """
-    given = _prompts(body.prompt)
-    num_choices = len(given) * (body.n or 1)
-    if num_choices > max_choices:
+def _check_num_choices(num_prompts: int, n: int, *, limit: int) -> None:
+    num_choices = num_prompts * n
+    if num_choices > limit:
         raise InvalidRequestError(
-            f"prompt: {len(given)} prompts with n = {body.n or 1} are {num_choices} choices; at most"
-            f" {max_choices} are allowed",
+            f"prompt: {num_prompts} prompts with n = {n} are {num_choices} choices; at most {limit} are allowed",
             param="prompt",
         )
-    tokenizer = model.text.tokenizer
-    encoded = []
-    for index, prompt in enumerate(given):
-        param = "prompt" if len(given) == 1 else f"prompt[{index}]"
-        if isinstance(prompt, str):
-            ids = await encode_text(model, prompt, param=param)
-            encoded.append(
-                EncodedPrompt(
-                    ids=ids, text=prompt if body.echo else "", num_prefix_tokens=tokenizer.num_prefix_tokens
-                )
-            )
-        else:
-            check_token_id(max(prompt), model, param=param)
-            text = ""
-            if body.echo:
-                text = await work_on(len(prompt), tokenizer.decode, prompt, skip_special_tokens=False)
-            encoded.append(EncodedPrompt(ids=prompt, text=text, num_prefix_tokens=0))
-    return encoded
 
 
 def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
@@ -120,8 +79,12 @@ class CompletionAnswer:
         self._n = body.n or 1
         self._echo = bool(body.echo)
         self._with_logprobs = body.logprobs is not None
-        self._include_usage = body.include_usage
         self._prompts = prompts
+        self._begun: set[int] = set()
+        self._prompt_logprobs: dict[int, CompletionLogprobs] = {}
+        """By prompt; the first of its answers brings them."""
+        self._held: dict[int, list[ChoiceDelta]] = {}
+        """By prompt: of its other answers, until then."""
         self.choices: list[Choice] = []
         for prompt in prompts:
             max_tokens = resolve_max_tokens(
@@ -138,47 +101,48 @@ class CompletionAnswer:
                     choice=place,
                     max_tokens=max_tokens,
                     logprobs=body.logprobs,
-                    prompt_logprobs=body.logprobs if self._echo else None,
+                    prompt_logprobs=body.logprobs if self._echo and place == 0 else None,
                 )
                 index = len(self.choices)
                 request = GenerationRequest(
                     id=f"{self._id}-{index}", model=model.id, prompt_ids=prompt.ids, sampling=sampling
                 )
                 self.choices.append(Choice(index=index, request=request, stop_strings=body.stop_strings))
-        self._usage = UsageCounter(self.choices, self._n)
+        self.usage = UsageCounter(self.choices, self._n)
 
     async def collect(self, deltas: AsyncGenerator[ChoiceDelta, None]) -> Completion:
         """The answers in one piece."""
         pieces: list[list[CompletionChoice]] = [[] for _ in self.choices]
         async with aclosing(deltas):
             async for delta in deltas:
-                self._usage.count(delta)
-                pieces[delta.index] += self._pieces(delta, first=not pieces[delta.index])
-        completion = self._envelope([_join_pieces(choice) for choice in pieces])
-        completion.usage = self._usage.usage()
+                self.usage.count(delta)
+                for piece in self.pieces(delta):
+                    pieces[piece.index].append(piece)
+        completion = self.chunk([_join_pieces(choice) for choice in pieces])
+        completion.usage = self.usage.usage()
         return completion
 
-    async def events(self, deltas: AsyncGenerator[ChoiceDelta, None]) -> AsyncGenerator[bytes, None]:
-        """The answers as encoded events; each choice ends with an empty text and the reason."""
-        begun: set[int] = set()
-        async with aclosing(deltas):
-            async for delta in deltas:
-                self._usage.count(delta)
-                for piece in self._pieces(delta, first=delta.index not in begun):
-                    begun.add(delta.index)
-                    yield encode_event(self._stream_envelope([piece]))
-        if self._include_usage:
-            chunk = self._stream_envelope([])
-            chunk.usage = self._usage.usage()
-            yield encode_event(chunk)
+    def pieces(self, delta: ChoiceDelta) -> list[CompletionChoice]:
+        """See `Answer.pieces`. An echo with log-probabilities waits for those of its prompt."""
+        prompt, place = divmod(delta.index, self._n)
+        if self._echo and self._with_logprobs and prompt not in self._prompt_logprobs:
+            if place > 0:
+                self._held.setdefault(prompt, []).append(delta)
+                return []
+            self._prompt_logprobs[prompt] = self._score(self._prompts[prompt], delta.prompt_logprobs)
+        return [piece for ready in [delta, *self._held.pop(prompt, [])] for piece in self._own_pieces(ready)]
 
-    def _pieces(self, delta: ChoiceDelta, *, first: bool) -> list[CompletionChoice]:
+    def _own_pieces(self, delta: ChoiceDelta) -> list[CompletionChoice]:
         """The echoed prompt if due, the text, and the end, as far as this delta has them."""
+        prompt = delta.index // self._n
         pieces = []
-        if first and self._echo:
-            pieces.append(self._echoed(delta))
+        if self._echo and delta.index not in self._begun:
+            self._begun.add(delta.index)
+            logprobs = self._prompt_logprobs.get(prompt)
+            text = self._prompts[prompt].text
+            pieces.append(CompletionChoice(index=delta.index, text=text, logprobs=logprobs, finish_reason=None))
         if delta.text or delta.scored:
-            base = len(self._prompts[delta.index // self._n].text)
+            base = len(self._prompts[prompt].text)
             logprobs = None
             if self._with_logprobs:
                 logprobs = completion_logprobs(self._tokenizer, delta.scored, base_offset=base)
@@ -191,45 +155,28 @@ class CompletionAnswer:
             )
         return pieces
 
-    def _echoed(self, delta: ChoiceDelta) -> CompletionChoice:
-        prompt = self._prompts[delta.index // self._n]
-        logprobs = None
-        if self._with_logprobs:
-            if delta.prompt_logprobs is None:
-                raise EngineFaultError("the engine sent no log-probabilities of the prompt")
-            logprobs = prompt_logprobs(
-                self._tokenizer,
-                prompt.ids,
-                delta.prompt_logprobs,
-                num_prefix_tokens=prompt.num_prefix_tokens,
-            )
-        return CompletionChoice(index=delta.index, text=prompt.text, logprobs=logprobs, finish_reason=None)
+    def _score(self, prompt: EncodedPrompt, scored: list[TokenLogprob] | None) -> CompletionLogprobs:
+        if scored is None:
+            raise EngineFaultError("the engine sent no log-probabilities of the prompt")
+        return prompt_logprobs(self._tokenizer, prompt.ids, scored, num_prefix_tokens=prompt.num_prefix_tokens)
 
-    def _stream_envelope(self, choices: list[CompletionChoice]) -> Completion:
-        chunk = self._envelope(choices)
-        if self._include_usage:
-            chunk.usage = None  # set, so that it is sent as null
-        return chunk
-
-    def _envelope(self, choices: list[CompletionChoice]) -> Completion:
+    def chunk(self, pieces: Sequence[CompletionChoice]) -> Completion:
+        """See `Answer.chunk`."""
         return Completion(
             id=self._id,
             object="text_completion",
             created=self._created,
             model=self._model_id,
-            choices=choices,
+            choices=list(pieces),
         )
 
 
 def _join_pieces(pieces: Sequence[CompletionChoice]) -> CompletionChoice:
-    logprobs: CompletionLogprobs | None = None
-    for piece in pieces:
-        if piece.logprobs is not None:
-            logprobs = piece.logprobs if logprobs is None else join(logprobs, piece.logprobs)
+    logprobs = [piece.logprobs for piece in pieces if piece.logprobs is not None]
     last = pieces[-1]
     return CompletionChoice(
         index=last.index,
         text="".join(piece.text for piece in pieces),
-        logprobs=logprobs,
+        logprobs=join(logprobs) if logprobs else None,
         finish_reason=last.finish_reason,
     )

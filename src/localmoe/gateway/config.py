@@ -1,6 +1,6 @@
 """Settings of the gateway."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +14,12 @@ class GatewayConfig:
     max_choices: int = 256
     """Most sequences that one request may ask for: its prompts times `n`."""
 
+    max_logprobs: int = 1_000_000
+    """Most log-probabilities that one request may ask for: tokens scored, of answers and of echoed prompts, times
+    the alternatives plus one. Each takes some hundred bytes until the answer is sent."""
+    body_timeout_s: float = 60.0
+    """A request whose body has not come whole by then gets 408."""
+
     def __post_init__(self) -> None:
-        if self.max_body_bytes < 1 or self.keepalive_s <= 0 or self.max_choices < 1:
+        if min(asdict(self).values()) <= 0:
             raise ValueError(f"every value of GatewayConfig must be positive: {self}")

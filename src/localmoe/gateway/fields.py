@@ -5,6 +5,7 @@ in the `x-localmoe-ignored` header. There is no fourth kind.
 """
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
@@ -27,6 +28,8 @@ MAX_TOKENS = 2**31 - 1
 """Far over any context, which is the bound that counts."""
 MAX_TOKEN_IDS = 2**20
 """In one list from a client; over any context, and still checked within a fraction of a second."""
+MIN_TEMPERATURE = 1e-5
+"""Below it, dividing logits could overflow, and the likeliest token would be drawn anyway."""
 MAX_N = 64
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
@@ -97,7 +100,10 @@ class ApiModel(BaseModel):
                 raise UnsupportedFieldError("not supported by this server; leave it out", param=name)
         ignored = tuple(name for name in data if name in cls.IGNORED)
         dropped = {*ignored, *cls.REFUSED}
-        result = handler({name: value for name, value in data.items() if name not in dropped})
+        # One unknown field is complained of; a complaint about each of a million would take seconds.
+        unknown = islice((name for name in data if name not in cls.model_fields and name not in dropped), 1)
+        kept = [*unknown, *(name for name in cls.model_fields if name in data)]
+        result = handler({name: data[name] for name in kept})
         result._ignored = ignored
         return result
 
@@ -120,7 +126,9 @@ class SamplingFields(ApiModel):
     """How answers are drawn. An omitted field takes the model's own recommendation, else OpenAI's default."""
 
     model: ModelId = Field(description="A name from `/v1/models`.")
-    temperature: float | None = Field(default=None, ge=0, le=2, description="0 means greedy decoding.")
+    temperature: float | None = Field(
+        default=None, ge=0, le=2, description=f"0, like all below {MIN_TEMPERATURE:g}, means greedy decoding."
+    )
     top_p: float | None = Field(default=None, gt=0, le=1, description="Nucleus sampling.")
     top_k: int | None = Field(
         default=None, ge=-1, le=2**31 - 1, description="Keep the k likeliest tokens; 0 or -1 keeps all."
@@ -129,7 +137,7 @@ class SamplingFields(ApiModel):
         default=None, ge=0, le=1, description="Keep tokens with this share of the likeliest one's probability."
     )
     repetition_penalty: float | None = Field(
-        default=None, gt=0, le=10, description="Divides the logits of tokens already present; 1 is none."
+        default=None, ge=0.01, le=100, description="Divides the logits of tokens already present; 1 is none."
     )
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)

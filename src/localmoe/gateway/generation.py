@@ -52,7 +52,7 @@ class ChoiceDelta:
     completion_tokens: int
     """Tokens generated so far."""
     cached_tokens: int
-    """Known with the last delta of an answer that the engine ended; 0 otherwise."""
+    """Prompt tokens found in the prefix cache, as far as the engine has said; it does with the first chunk."""
 
 
 class AnswerAssembler:
@@ -66,10 +66,13 @@ class AnswerAssembler:
         self._num_chars_sent = 0
         self._waiting: list[ScoredToken] = []
         self.num_tokens = 0
+        self.usage: Usage | None = None
+        """The engine's own, as it said last."""
 
     def push(self, chunk: TokenChunk) -> ChoiceDelta:
         """What the chunk adds. After a delta with a finish reason nothing more may be pushed."""
         text = ""
+        self.usage = chunk.usage or self.usage
         finish = chunk.finish_reason
         stop_ids = self._choice.request.sampling.stop_token_ids
         for place, token_id in enumerate(chunk.token_ids):
@@ -94,7 +97,7 @@ class AnswerAssembler:
             prompt_logprobs=chunk.prompt_logprobs,
             finish_reason=finish,
             completion_tokens=self.num_tokens,
-            cached_tokens=chunk.usage.cached_tokens if chunk.usage else 0,
+            cached_tokens=self.usage.cached_tokens if self.usage else 0,
         )
 
     def _release(self, finish: FinishReason | None) -> list[ScoredToken]:
@@ -115,8 +118,6 @@ class _Meter:
     first_s: float | None = None
     last_s: float = 0.0
     gaps_s: list[float] = field(default_factory=list)
-    usage: Usage | None = None
-    """The engine's own times, where it sent them."""
 
     def count(self, num_tokens: int) -> None:
         if not num_tokens:
@@ -145,13 +146,19 @@ async def stream_choices(
     queue: asyncio.Queue[ChoiceDelta | Exception] = asyncio.Queue()
 
     async def pump(choice: Choice) -> None:
+        failure: Exception | None = EngineFaultError("the engine broke the answer off")
         try:
             meter = _Meter(started_s=started_s)
             async with aclosing(_answer(model, choice, meter, api=api, bus=bus)) as deltas:
                 async for delta in deltas:
                     queue.put_nowait(delta)
+                    if delta.finish_reason is not None:
+                        failure = None
         except Exception as error:
-            queue.put_nowait(error)
+            failure = error
+        finally:  # also for a cancellation that came from below: whoever reads the queue must not wait for ever
+            if failure is not None:
+                queue.put_nowait(failure)
 
     tasks = [asyncio.create_task(pump(choice)) for choice in choices]
     unfinished = len(tasks)
@@ -180,7 +187,6 @@ async def _answer(
                 before = assembler.num_tokens
                 delta = assembler.push(chunk)
                 meter.count(assembler.num_tokens - before)
-                meter.usage = chunk.usage
                 if delta.finish_reason is not None:
                     outcome = delta.finish_reason.value
                 if delta.text or delta.scored or delta.prompt_logprobs or delta.finish_reason:
@@ -202,8 +208,8 @@ async def _answer(
                 completion_tokens=assembler.num_tokens,
                 time_to_first_token_s=ttft_s,
                 inter_token_s=tuple(meter.gaps_s),
-                queue_s=meter.usage.queue_s if meter.usage else None,
-                prefill_s=meter.usage.prefill_s if meter.usage else None,
+                queue_s=assembler.usage.queue_s if assembler.usage else None,
+                prefill_s=assembler.usage.prefill_s if assembler.usage else None,
                 e2e_s=time.monotonic() - meter.started_s,
             )
         )

@@ -1,5 +1,6 @@
 """What surrounds every route, in plain ASGI."""
 
+import asyncio
 import logging
 import uuid
 
@@ -7,7 +8,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from localmoe.core.errors import RequestTooLargeError
-from localmoe.gateway.errors import INTERNAL_ERROR, to_api_error
+from localmoe.gateway.errors import INTERNAL_ERROR, ApiError, to_api_error
 
 logger = logging.getLogger(__name__)
 
@@ -44,32 +45,36 @@ class RequestIdMiddleware:
 
 
 class BodyLimitMiddleware:
-    """Reads the body, at most `max_body_bytes` of it, before anything else looks at the request."""
+    """Reads the body, at most `max_body_bytes` of it, before anything else looks at the request.
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
+    Args:
+        timeout_s: the body must have come by then.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, timeout_s: float) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "0")
-        if not declared.isdecimal() or int(declared[:20]) > self._max_body_bytes:
-            await self._refuse(scope, receive, send)
+        try:
+            if not declared.isdecimal() or int(declared[:20]) > self._max_body_bytes:
+                raise self._too_large()
+            async with asyncio.timeout(self._timeout_s):
+                body = await self._read(receive)
+        except (RequestTooLargeError, TimeoutError) as error:
+            message = f"the body did not come whole within {self._timeout_s:g} s"
+            late = ApiError(status=408, message=message, code="request_timeout")
+            refusal = late if isinstance(error, TimeoutError) else to_api_error(error)
+            await refusal.response({"connection": "close"})(scope, receive, send)
             return
-        body = bytearray()
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self._max_body_bytes:
-                await self._refuse(scope, receive, send)
-                return
-        replay: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+        if body is None:
+            return
+        replay: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
         del body
 
         async def receive_again() -> Message:
@@ -77,10 +82,22 @@ class BodyLimitMiddleware:
 
         await self._app(scope, receive_again, send)
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = RequestTooLargeError(f"the body is larger than the {self._max_body_bytes} bytes allowed")
-        response = to_api_error(error).response({"connection": "close"})
-        await response(scope, receive, send)
+    async def _read(self, receive: Receive) -> bytes | None:
+        """None if the client left before the end."""
+        body = bytearray()
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self._max_body_bytes:
+                raise self._too_large()
+        return bytes(body)
+
+    def _too_large(self) -> RequestTooLargeError:
+        return RequestTooLargeError(f"the body is larger than the {self._max_body_bytes} bytes allowed")
 
 
 def _sane_request_id(value: str | None) -> str | None:

@@ -6,15 +6,21 @@ a client that leaves cancels the work as `disconnect` says.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from typing import Protocol, TypeVar
 
 from pydantic import BaseModel
+from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from localmoe.gateway.chat_schema import ChatCompletion, ChatCompletionChunk
+from localmoe.gateway.completions_schema import Completion
 from localmoe.gateway.disconnect import run_until_disconnect
 from localmoe.gateway.errors import to_api_error
+from localmoe.gateway.fields import SamplingFields
+from localmoe.gateway.generation import ChoiceDelta, UsageCounter
 
 DONE = b"data: [DONE]\n\n"
 KEEPALIVE = b": keep-alive\n\n"
@@ -22,18 +28,71 @@ CLIENT_LEFT = 499
 """nginx's status for it; seen in logs only."""
 
 
-def encode_event(model: BaseModel) -> bytes:
-    """One event; fields that were not set are left out."""
-    return b"data: " + model.model_dump_json(exclude_unset=True).encode() + b"\n\n"
+PieceT = TypeVar("PieceT")
 
 
-def json_response(model: BaseModel | None, *, headers: Mapping[str, str]) -> Response:
-    """An answer in one piece; None is for a client that has left and will not read it."""
-    if model is None:
+class Answer(Protocol[PieceT]):
+    """One request's answer in an API's own shape, in the making."""
+
+    usage: UsageCounter
+
+    def pieces(self, delta: ChoiceDelta) -> Sequence[PieceT]:
+        """What a stream sends for this delta, in order."""
+        ...
+
+    def chunk(self, pieces: Sequence[PieceT]) -> Completion | ChatCompletionChunk:
+        """A stream's envelope."""
+        ...
+
+    async def collect(self, deltas: AsyncGenerator[ChoiceDelta, None]) -> Completion | ChatCompletion:
+        """The answer in one piece."""
+        ...
+
+
+async def respond(
+    answer: Answer[PieceT],
+    deltas: AsyncGenerator[ChoiceDelta, None],
+    *,
+    body: SamplingFields,
+    request: Request,
+    keepalive_s: float,
+) -> Response:
+    """The answer as the client asked for it: in one piece or as a stream.
+
+    Args:
+        deltas: what the answer is made of; closed when the client leaves.
+        keepalive_s: see `EventStreamResponse`.
+    """
+    headers = body.ignored_headers()
+    if body.stream:
+        events = _events(answer, deltas, include_usage=body.include_usage)
+        return EventStreamResponse(events, keepalive_s=keepalive_s, headers=headers)
+    whole = await run_until_disconnect(request.receive, answer.collect(deltas))
+    if whole is None:  # nobody reads it
         return Response(status_code=CLIENT_LEFT)
-    return Response(
-        model.model_dump_json(exclude_unset=True), headers=dict(headers), media_type="application/json"
-    )
+    return Response(whole.model_dump_json(exclude_unset=True), headers=headers, media_type="application/json")
+
+
+async def _events(
+    answer: Answer[PieceT], deltas: AsyncGenerator[ChoiceDelta, None], *, include_usage: bool
+) -> AsyncGenerator[bytes, None]:
+    async with aclosing(deltas):
+        async for delta in deltas:
+            answer.usage.count(delta)
+            for piece in answer.pieces(delta):
+                chunk = answer.chunk([piece])
+                if include_usage:
+                    chunk.usage = None  # set, so that it is sent as null
+                yield _encode_event(chunk)
+    if include_usage:
+        chunk = answer.chunk([])
+        chunk.usage = answer.usage.usage()
+        yield _encode_event(chunk)
+
+
+def _encode_event(model: BaseModel) -> bytes:
+    """Fields that were not set are left out."""
+    return b"data: " + model.model_dump_json(exclude_unset=True).encode() + b"\n\n"
 
 
 class EventStreamResponse(StreamingResponse):

@@ -1,9 +1,12 @@
 """From API fields to `core.SamplingParams`: defaults, and the checks that need to know the model."""
 
+from collections.abc import Sequence
+
 from localmoe.core.errors import ContextLengthError, InvalidRequestError
 from localmoe.core.request import SamplingParams
 from localmoe.gateway.context import ServedModel
-from localmoe.gateway.fields import SamplingFields
+from localmoe.gateway.fields import MIN_TEMPERATURE, SamplingFields
+from localmoe.gateway.generation import Choice
 
 
 def resolve_max_tokens(
@@ -52,9 +55,10 @@ def sampling_params(
     logit_bias = {int(key): value for key, value in (body.logit_bias or {}).items()}
     for token_id in logit_bias:
         check_token_id(token_id, model, param="logit_bias")
+    temperature = _given(body.temperature, defaults.temperature)
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=_given(body.temperature, defaults.temperature),
+        temperature=temperature if temperature >= MIN_TEMPERATURE else 0.0,
         top_k=max(0, int(_given(body.top_k, defaults.top_k))),
         top_p=_given(body.top_p, defaults.top_p),
         min_p=_given(body.min_p, defaults.min_p),
@@ -69,11 +73,35 @@ def sampling_params(
     )
 
 
+def check_num_logprobs(choices: Sequence[Choice], *, echo: bool, limit: int) -> None:
+    """Raise InvalidRequestError for more log-probabilities than one request may ask for.
+
+    Args:
+        echo: prompts are reported too, with every choice.
+    """
+    alternatives = choices[0].request.sampling.logprobs
+    if alternatives is None:
+        return
+    num_tokens = sum(
+        choice.request.sampling.max_tokens + (len(choice.request.prompt_ids) if echo else 0) for choice in choices
+    )
+    if num_tokens * (alternatives + 1) > limit:
+        raise InvalidRequestError(
+            f"logprobs: up to {num_tokens} tokens with {alternatives} alternatives each are"
+            f" {num_tokens * (alternatives + 1)} log-probabilities; at most {limit} are allowed in one request."
+            " Ask for fewer alternatives, a lower max_tokens, or fewer prompts or answers.",
+            param="logprobs",
+        )
+
+
 def check_token_id(token_id: int, model: ServedModel, *, param: str) -> None:
     """Raise InvalidRequestError for an id outside the vocabulary."""
     if token_id >= model.text.vocab_size:
+        text = model.text.tokenizer.token_text(token_id)
+        written = f" ({text!r})" if text else ""
         raise InvalidRequestError(
-            f"{param}: token id {token_id} is not in the vocabulary of {model.text.vocab_size}", param=param
+            f"{param}: token id {token_id}{written} is not in the vocabulary of {model.text.vocab_size}",
+            param=param,
         )
 
 

@@ -10,7 +10,7 @@ from localmoe.gateway.chat_schema import MAX_MESSAGES, ChatMessage
 from localmoe.gateway.context import GatewayContext
 from localmoe.gateway.fields import MAX_TOKEN_IDS, ApiModel, ModelId, Text, TokenId
 from localmoe.gateway.openapi import ERROR_RESPONSES
-from localmoe.gateway.prompts import encode_chat, work_on
+from localmoe.gateway.prompts import encode_chat, encode_text, work_on
 from localmoe.gateway.sampling import check_token_id
 
 
@@ -73,7 +73,7 @@ def router(context: GatewayContext) -> APIRouter:
         else:
             prompt = body.prompt or ""
             add = body.add_special_tokens is not False
-            ids = await work_on(len(prompt), model.text.tokenizer.encode, prompt, add_special_tokens=add)
+            ids = await work_on(len(prompt), encode_text, prompt, model, add_special_tokens=add, param="prompt")
         return TokenizeResponse(count=len(ids), max_model_len=model.context_tokens, tokens=ids)
 
     @routes.post("/v1/detokenize", responses=ERROR_RESPONSES, summary="Token ids to text")

@@ -55,7 +55,7 @@ def project(x_TD: Tensor, weight_FD: Tensor) -> Tensor:
     num_tokens = len(x_TD)
     if num_tokens > _FEW_TOKENS:
         return linear(x_TD, weight_FD)
-    columns_DT = x_TD.expand(2, -1).T if num_tokens == 1 else x_TD.T
+    columns_DT = x_TD.repeat(2, 1).T if num_tokens == 1 else x_TD.T
     return (weight_FD @ columns_DT).T[:num_tokens].contiguous()
 
 

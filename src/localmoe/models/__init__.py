@@ -18,7 +18,7 @@ def architecture(config: dict[str, Any]) -> "type[Decoder]":
         CheckpointError: the architecture is not one of `DECODERS`.
     """
     model_type = config.get("model_type")
-    if model_type not in DECODERS:
+    if not isinstance(model_type, str) or model_type not in DECODERS:
         raise CheckpointError(
             f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(DECODERS)}"
         )

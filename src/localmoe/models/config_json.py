@@ -7,6 +7,8 @@ from localmoe.core.model import ModelShape, RopeScaling
 
 _LARGEST = 1 << 24
 """No size in a language model's configuration comes near this; larger ones are damage or malice."""
+_MOST_EXPERTS = 1 << 18
+"""In all layers together: several times more than any model has; each is spelled out by name."""
 
 
 class ConfigReader:
@@ -31,6 +33,13 @@ class ConfigReader:
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
             raise self.fail(key, "it must be a positive number")
         return float(value)
+
+    def flag(self, key: str) -> bool:
+        """False if absent."""
+        value = self._config.get(key, False)
+        if not isinstance(value, bool):
+            raise self.fail(key, "it must be true or false")
+        return value
 
     def require(self, key: str, *allowed: object) -> None:
         """Refuses a key whose value would change the arithmetic; an absent key means the first allowed value."""
@@ -76,9 +85,14 @@ def llama_family_shape(config: dict[str, Any], *, num_experts: int, top_k: int) 
         raise read.fail("num_key_value_heads", f"it must divide num_attention_heads ({heads})")
     if head_dim % 2:
         raise CheckpointError(f"config.json: the head size {head_dim} is odd; rotary embedding pairs its elements")
+    layers = read.size("num_hidden_layers")
+    if layers * num_experts > _MOST_EXPERTS:
+        raise CheckpointError(
+            f"config.json: {layers} layers of {num_experts} experts are more than {_MOST_EXPERTS}"
+        )
     return ModelShape(
         model_type=config["model_type"],
-        num_layers=read.size("num_hidden_layers"),
+        num_layers=layers,
         hidden_size=read.size("hidden_size"),
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -91,5 +105,5 @@ def llama_family_shape(config: dict[str, Any], *, num_experts: int, top_k: int) 
         rms_norm_eps=read.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_embeddings=read.flag("tie_word_embeddings"),
     )

@@ -1,7 +1,9 @@
 """Chat messages to a prompt, by the Jinja template that comes with a model.
 
 The environment is the one that templates are written for (transformers' `chat_template_utils`). Templates come
-with downloaded models and see clients' text, so they run in the immutable sandbox under a bound of time and size.
+from the model's directory, never from clients, but see clients' text; so they run in the immutable sandbox, and
+their output is bounded. The bounds are looked at where a template puts something out: a loop that puts out nothing
+runs to its end, which is why no template is rendered on an event loop's thread.
 """
 
 import json
@@ -128,12 +130,13 @@ class ChatTemplate:
         """The prompt that asks for the next assistant message.
 
         A `developer` message is given to a template that has no word of that role as `system`, its older name.
+        How long this takes is the template's to say; call it in a thread of its own.
 
         Args:
             messages: each with `role` and `content`.
 
         Raises:
-            InvalidRequestError: the template refuses these messages, or its result is over the bounds.
+            InvalidRequestError: the template refuses these messages, or its output is over the bounds.
         """
         if not self._knows_developer:
             messages = [

@@ -42,8 +42,8 @@ class TextModel:
             vocab_size=vocab_size,
         )
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_special_tokens: bool = False) -> list[int]:
-        """Render the template and tokenize. The template writes its own beginning token.
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt by the template, with its own beginning token; see `ChatTemplate.render`.
 
         Raises:
             InvalidRequestError: the model has no template, or the template refuses the messages.
@@ -54,5 +54,4 @@ class TextModel:
                 param="messages",
                 code="chat_template_missing",
             )
-        prompt = self.chat_template.render(messages)
-        return self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        return self.chat_template.render(messages)

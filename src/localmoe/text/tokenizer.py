@@ -93,8 +93,12 @@ class Tokenizer:
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._bytes: dict[int, bytes] = {}
         self.special_tokens = special_tokens or {}
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
         """One more than the largest id."""
+        # A spelling has at least as many bytes as what it stands for, so that no token need be decoded here.
+        self.max_token_bytes = max((len(token.encode()) for token in vocab), default=1)
+        """No token stands for more bytes of a text, but one for the unknown."""
         self.num_prefix_tokens = self._count_prefix()
         """Special tokens that `encode` puts before a text."""
 

@@ -48,7 +48,8 @@ async def test_how_answers_end(
     chunks = await answer(ScriptedBackend(script), request(**sampling))
     assert [token_id for chunk in chunks for token_id in chunk.token_ids] == ids
     assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + [reason]
-    assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[0].usage == Usage(prompt_tokens=3, completion_tokens=len(chunks[0].token_ids))
+    assert [chunk.usage for chunk in chunks[1:-1]] == [None] * (len(chunks) - 2)
     assert chunks[-1].usage == Usage(prompt_tokens=3, completion_tokens=len(ids))
 
 

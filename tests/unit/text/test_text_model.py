@@ -78,5 +78,5 @@ def test_bad_values_are_named(tmp_path, name: str, content: dict[str, Any], comp
 def test_a_model_without_a_template_says_so(tmp_path) -> None:
     model = TextModel.load(write_tiny_text_model(tmp_path, chat_template=None))
     with pytest.raises(InvalidRequestError, match="no chat template") as caught:
-        model.encode_chat([{"role": "user", "content": "x"}])
+        model.render_chat([{"role": "user", "content": "x"}])
     assert caught.value.code == "chat_template_missing"
