@@ -1,5 +1,6 @@
 """Models that several tests share, made once a session."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ def _quietly(stage: str, done: int, total: int) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _torch_threads() -> None:
+def _same_process_everywhere() -> None:
     torch.set_num_threads(2)
+    # A run that was started in the background inherits an ignored Ctrl-C, and so would all its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

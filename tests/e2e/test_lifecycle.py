@@ -19,7 +19,7 @@ def serve(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False)
 
 
-def wait_gone(pid: int) -> None:
+def check_gone(pid: int) -> None:
     deadline = time.monotonic() + 15
     while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
         assert time.monotonic() < deadline, f"process {pid} is still there"
@@ -37,7 +37,7 @@ def test_the_engine_never_outlives_the_gateway(tiny_home: Path, end_signal: sign
     with running_server(tiny_home, "distinct-experts", "f32") as (_, pid):
         engine = engine_pid(pid)
         os.kill(pid, end_signal)
-        wait_gone(engine)
+        check_gone(engine)
 
 
 def test_a_model_that_is_not_there(tiny_home: Path) -> None:
