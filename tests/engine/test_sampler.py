@@ -87,6 +87,12 @@ def test_a_draw_depends_on_seed_and_position_alone() -> None:
     assert uniform(11, 5) != uniform(12, 5)
 
 
+def test_a_draw_of_zero_takes_no_excluded_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least uniform number, with likelier tokens behind excluded ones."""
+    monkeypatch.setattr("localmoe.engine.sampler.uniform", lambda seed, position: 0.0)
+    assert sample(torch.tensor([[-9.0, -9.0, 2.0, 1.0]]), [step(top_k=2)]) == [2]
+
+
 def test_penalties_and_bias() -> None:
     logits = torch.tensor([2.0, -2.0, 1.0, 1.0])
     adjust(logits, SamplingParams(max_tokens=1, repetition_penalty=2.0), [0], [1])

@@ -32,7 +32,7 @@ def sample(logits_SV: Tensor, steps: Sequence[SequenceStep]) -> list[int | None]
         adjust(row, step.sampling, *step.history)
     finite = logits_SV.isfinite().all(-1).tolist()
     token_ids_S = logits_SV.argmax(-1)
-    drawn = [i for i, step in enumerate(steps) if finite[i] and step.sampling.temperature >= GREEDY_BELOW]
+    drawn = [i for i, step in enumerate(steps) if step.sampling.temperature >= GREEDY_BELOW]
     if drawn:
         sampling = [steps[i].sampling for i in drawn]
         uniforms = [uniform(steps[i].seed, steps[i].start + len(steps[i].token_ids)) for i in drawn]
