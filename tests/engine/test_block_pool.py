@@ -8,10 +8,17 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from localmoe.engine.block_pool import ROOT, BlockPool, block_name
 
 
+def names(token_ids: list[int], block_tokens: int) -> list[bytes]:
+    """Names of all full blocks of these tokens."""
+    chain, name = [], ROOT
+    for start in range(0, len(token_ids) - block_tokens + 1, block_tokens):
+        name = block_name(name, token_ids[start : start + block_tokens])
+        chain.append(name)
+    return chain
+
+
 def publish_chain(pool: BlockPool, blocks: list[int], token_ids: list[int], block_tokens: int) -> None:
-    name = ROOT
-    for i, block in enumerate(blocks):
-        name = block_name(name, token_ids[i * block_tokens : (i + 1) * block_tokens])
+    for block, name in zip(blocks, names(token_ids, block_tokens), strict=True):
         pool.publish(block, name)
 
 
@@ -21,16 +28,16 @@ def test_a_freed_block_is_found_again_until_it_is_reused() -> None:
     publish_chain(pool, blocks, [1, 2, 3, 4], block_tokens=2)
     pool.free(blocks)
     assert pool.num_free == 4
-    assert pool.find_prefix([1, 2, 3, 4, 5], 2) == blocks
-    assert pool.find_prefix([1, 2, 9, 9], 2) == blocks[:1]
+    assert pool.find_prefix(names([1, 2, 3, 4, 5], 2)) == blocks
+    assert pool.find_prefix(names([1, 2, 9, 9], 2)) == blocks[:1]
     pool.allocate(4)
-    assert pool.find_prefix([1, 2, 3, 4], 2) == []
+    assert pool.find_prefix(names([1, 2, 3, 4], 2)) == []
 
 
 def test_the_same_tokens_after_another_prefix_are_another_block() -> None:
     pool = BlockPool(4)
     publish_chain(pool, pool.allocate(2), [1, 2, 3, 4], block_tokens=2)
-    assert pool.find_prefix([3, 4], 2) == []
+    assert pool.find_prefix(names([3, 4], 2)) == []
 
 
 def test_eviction_takes_the_tail_of_a_prefix_first() -> None:
@@ -39,7 +46,7 @@ def test_eviction_takes_the_tail_of_a_prefix_first() -> None:
     publish_chain(pool, blocks, [1, 2, 3, 4, 5, 6], block_tokens=2)
     pool.free(blocks)
     pool.allocate(1)
-    assert pool.find_prefix([1, 2, 3, 4, 5, 6], 2) == blocks[:2]
+    assert pool.find_prefix(names([1, 2, 3, 4, 5, 6], 2)) == blocks[:2]
 
 
 def test_freeing_twice_is_a_bug_that_shows() -> None:
@@ -79,7 +86,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def share(self, data: st.DataObject) -> None:
         token = data.draw(st.integers(1, self.next_token))
-        found = self.pool.find_prefix([token] * 5, 1)
+        found = self.pool.find_prefix(names([token] * 5, 1))
         self.pool.refer(found)
         self.held.append(found)
 

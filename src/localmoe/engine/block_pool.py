@@ -8,7 +8,7 @@ block's name is a digest over its tokens and the name of the block before it, he
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 ROOT = b""
 """Name of the empty prefix."""
@@ -65,11 +65,10 @@ class BlockPool:
                 del self._block_of[name]
                 self._name_of[block] = None
 
-    def find_prefix(self, token_ids: Sequence[int], block_tokens: int) -> list[int]:
-        """The longest run of known blocks that these tokens begin with, without taking references."""
-        found, name = [], ROOT
-        for start in range(0, len(token_ids) - block_tokens + 1, block_tokens):
-            name = block_name(name, token_ids[start : start + block_tokens])
+    def find_prefix(self, names: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest known beginning of these names, without taking references."""
+        found = []
+        for name in names:
             block = self._block_of.get(name)
             if block is None:
                 break

@@ -35,7 +35,9 @@ class _Sequence:
         self.num_cached = 0
         self.blocks: list[int] = []
         self.names: list[bytes] = []
-        """Names of the leading blocks that are full and computed."""
+        """Of its leading blocks, as far as anybody asked."""
+        self.num_published = 0
+        """Leading blocks that others can find."""
         self.prompt_logprobs: list[TokenLogprob] = []
         self.sent_any = False
         self.arrived_s = time.monotonic()
@@ -49,6 +51,14 @@ class _Sequence:
     @property
     def num_to_compute(self) -> int:
         return self.num_known - self.num_computed
+
+    def block_names(self, count: int, block_tokens: int) -> list[bytes]:
+        """Names of its first `count` blocks. Known tokens never change, so each is computed once."""
+        while len(self.names) < count:
+            start = len(self.names) * block_tokens
+            parent = self.names[-1] if self.names else ROOT
+            self.names.append(block_name(parent, self.tokens(start, start + block_tokens)))
+        return self.names[:count]
 
     def tokens(self, start: int, end: int) -> list[int]:
         split = len(self.prompt_ids)
@@ -206,23 +216,23 @@ class Scheduler:
 
     def _admit(self, sequence: _Sequence, budget: int) -> int:
         """Give a waiting sequence its known prefix and the blocks of its first chunk; 0 if there are too few."""
-        known = sequence.tokens(0, sequence.num_known)
+        size = self._config.block_tokens
         # At least the last known token is computed anew: its logits are needed. Scoring needs all of them.
         reusable = self._config.prefix_caching and not sequence.scores_prompt
-        prefix = self._pool.find_prefix(known[:-1], self._config.block_tokens) if reusable else []
-        num_found = len(prefix) * self._config.block_tokens
-        count = min(len(known) - num_found, budget)
+        num_reusable = (sequence.num_known - 1) // size if reusable else 0
+        prefix = self._pool.find_prefix(sequence.block_names(num_reusable, size))
+        num_found = len(prefix) * size
+        count = min(sequence.num_known - num_found, budget)
         needed = self._num_blocks(num_found + count) - len(prefix)
         if needed + self._pool.num_unused(prefix) > self._pool.num_free:
             return 0
         self._pool.refer(prefix)
         sequence.blocks = prefix + self._pool.allocate(needed)
         sequence.num_computed = num_found
-        sequence.names = []
-        self._publish_full_blocks(sequence)
+        sequence.num_published = len(prefix)
         if not sequence.sent_any:
             sequence.num_cached = num_found
-            self.prefix_queries_tokens += len(known)
+            self.prefix_queries_tokens += sequence.num_known
             self.prefix_hits_tokens += num_found
         return count
 
@@ -252,17 +262,18 @@ class Scheduler:
 
     def _release(self, sequence: _Sequence) -> None:
         self._pool.free(sequence.blocks)
-        sequence.blocks, sequence.names, sequence.num_computed = [], [], 0
+        sequence.blocks, sequence.num_published, sequence.num_computed = [], 0, 0
         if sequence.scores_prompt:
             sequence.prompt_logprobs = []
 
     def _publish_full_blocks(self, sequence: _Sequence) -> None:
         size = self._config.block_tokens
-        while (len(sequence.names) + 1) * size <= sequence.num_computed:
-            index = len(sequence.names)
-            parent = sequence.names[-1] if sequence.names else ROOT
-            sequence.names.append(block_name(parent, sequence.tokens(index * size, (index + 1) * size)))
-            self._pool.publish(sequence.blocks[index], sequence.names[-1])
+        num_full = sequence.num_computed // size
+        if self._config.prefix_caching and num_full > sequence.num_published:
+            names = sequence.block_names(num_full, size)
+            for index in range(sequence.num_published, num_full):
+                self._pool.publish(sequence.blocks[index], names[index])
+            sequence.num_published = num_full
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._config.block_tokens)

@@ -27,12 +27,9 @@ _NAMED_AT_MOST = 3
 class Checkpoint:
     """A checkpoint whose headers have been read and agree with its index; weights are read on demand."""
 
-    def __init__(
-        self, path: Path, config: dict[str, Any], generation_config: dict[str, Any], readers: dict[str, Any]
-    ) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], readers: dict[str, Any]) -> None:
         self.path = path
         self.config = config
-        self.generation_config = generation_config
         """Empty where the checkpoint has none."""
         self._readers = readers
         """Tensor name to the open safetensors file that holds it."""
@@ -46,8 +43,6 @@ class Checkpoint:
             CheckpointError: a file is missing, damaged, or of a kind that is not read.
         """
         config = read_json_object(path / "config.json")
-        generation_path = path / "generation_config.json"
-        generation_config = read_json_object(generation_path) if generation_path.exists() else {}
         if (path / INDEX_FILE).exists():
             readers = _open_shards(path, _read_index(path / INDEX_FILE))
         elif (path / SINGLE_FILE).exists():
@@ -55,7 +50,7 @@ class Checkpoint:
             readers = dict.fromkeys(reader.keys(), reader)
         else:
             raise CheckpointError(f"{path}: {_why_no_weights(path)}")
-        return cls(path, config, generation_config, readers)
+        return cls(path, config, readers)
 
     @property
     def source(self) -> str:

@@ -30,7 +30,6 @@ def single(tmp_path: Path) -> Path:
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
     write_shards(tmp_path, TENSORS.items(), shard_bytes=21)
     return tmp_path
 
@@ -47,7 +46,6 @@ def test_single_file(single: Path) -> None:
     checkpoint = Checkpoint.open(single)
     check_tensors(checkpoint)
     assert checkpoint.config["model_type"] == "llama"
-    assert checkpoint.generation_config == {}
     assert checkpoint.source == f"{single.name} (llama)"
     with pytest.raises(CheckpointError, match="no tensor 'd'"):
         checkpoint.read("d")
@@ -62,7 +60,6 @@ def test_shards(sharded: Path) -> None:
     assert json.loads((sharded / INDEX_FILE).read_text())["metadata"]["total_size"] == 33
     checkpoint = Checkpoint.open(sharded)
     check_tensors(checkpoint)
-    assert checkpoint.generation_config == {"eos_token_id": 2}
 
 
 def save(path: Path, content: bytes | str) -> None:
@@ -110,7 +107,7 @@ BAD_JSON: dict[str, tuple[bytes | str, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_JSON)
-@pytest.mark.parametrize("file", ["config.json", "generation_config.json", INDEX_FILE])
+@pytest.mark.parametrize("file", ["config.json", INDEX_FILE])
 def test_damaged_json(case: str, file: str, sharded: Path) -> None:
     content, reason = BAD_JSON[case]
     save(sharded / file, content)
