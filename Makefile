@@ -3,13 +3,17 @@
 PYTHON ?= python3
 VENV := .venv
 REQUIREMENTS := pyproject.toml constraints.txt
-INSTALL := $(VENV)/bin/pip install --disable-pip-version-check --constraint constraints.txt --editable
+CSRC := CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: setup setup-dev run test check bench clean
+.PHONY: setup setup-dev build run test check sanitize bench clean
 
 setup: $(VENV)/.stamp-runtime
 
-setup-dev: setup $(VENV)/.stamp-dev
+setup-dev: $(VENV)/.stamp-dev
+
+# The quick way after an edit in csrc/.
+build:
+	@scripts/install --build
 
 run: setup
 	$(VENV)/bin/localmoe serve
@@ -19,6 +23,9 @@ test: setup-dev
 
 check: setup-dev
 	@scripts/check
+
+sanitize: setup-dev
+	@scripts/sanitize
 
 bench: setup
 	@scripts/bench
@@ -31,10 +38,11 @@ $(VENV)/bin/pip:
 	@scripts/check-python $(PYTHON)
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.stamp-runtime: $(REQUIREMENTS) | $(VENV)/bin/pip
-	$(INSTALL) .
+$(VENV)/.stamp-runtime: $(REQUIREMENTS) $(CSRC) | $(VENV)/bin/pip
+	@scripts/install
 	@touch $@
 
-$(VENV)/.stamp-dev: $(VENV)/.stamp-runtime
-	$(INSTALL) '.[dev]'
-	@touch $@
+# The environment for development holds the one for running.
+$(VENV)/.stamp-dev: $(REQUIREMENTS) $(CSRC) | $(VENV)/bin/pip
+	@scripts/install --dev
+	@touch $(VENV)/.stamp-runtime $@

@@ -12,6 +12,9 @@ from localmoe.config.settings import load_settings
 from localmoe.core.model import WeightFormat
 from support.checkpoints import write_checkpoint
 
+_TINY_MODELS = {"distinct-experts": "mixtral", "dense": "llama", "olmoe": "olmoe", "qwen3_moe": "qwen3_moe"}
+"""Name to architecture."""
+
 
 def _quietly(stage: str, done: int, total: int) -> None:
     """No progress bars in tests."""
@@ -26,9 +29,9 @@ def _same_process_everywhere() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A `LOCALMOE_HOME` with `distinct-experts` (Mixtral) and `dense` (Llama), both as F32 stores."""
+    """A `LOCALMOE_HOME` with a model of each architecture, as F32 stores; see `_TINY_MODELS`."""
     home = tmp_path_factory.mktemp("home")
-    for name, model_type in (("distinct-experts", "mixtral"), ("dense", "llama")):
+    for name, model_type in _TINY_MODELS.items():
         source = write_checkpoint(home / "checkpoints" / name, model_type)
         Catalog(home).convert(source, name, WeightFormat.F32, _quietly)
     return home

@@ -3,7 +3,7 @@
 import pytest
 
 from localmoe.core.errors import EngineStartError
-from localmoe.core.model import ModelShape
+from localmoe.core.model import ModelShape, WeightFormat
 from localmoe.engine.config import EngineConfig, kv_bytes_per_token
 
 SHAPE = ModelShape(
@@ -21,24 +21,25 @@ SHAPE = ModelShape(
     rms_norm_eps=1e-5,
     rope_theta=1e4,
 )
-CONTEXT_BYTES = 1024 * kv_bytes_per_token(SHAPE)
+F32 = WeightFormat.F32
+CONTEXT_BYTES = 1024 * kv_bytes_per_token(SHAPE, "f32")
 
 
 def test_a_cache_must_hold_one_full_context() -> None:
     with pytest.raises(EngineStartError, match="one sequence of 1024 tokens needs"):
-        EngineConfig(kv_cache_bytes=CONTEXT_BYTES - 1).resolve(SHAPE, 1 << 40)
+        EngineConfig(kv_cache_bytes=CONTEXT_BYTES - 1).resolve(SHAPE, F32, 1 << 40)
     with pytest.raises(EngineStartError, match="not enough memory"):
-        EngineConfig().resolve(SHAPE, CONTEXT_BYTES - 1)
-    assert EngineConfig(kv_cache_bytes=CONTEXT_BYTES).resolve(SHAPE, 0).kv_cache_bytes == CONTEXT_BYTES
+        EngineConfig().resolve(SHAPE, F32, CONTEXT_BYTES - 1)
+    assert EngineConfig(kv_cache_bytes=CONTEXT_BYTES).resolve(SHAPE, F32, 0).kv_cache_bytes == CONTEXT_BYTES
 
 
 def test_an_automatic_cache_takes_a_quarter_of_what_is_free_within_reason() -> None:
-    assert EngineConfig().resolve(SHAPE, CONTEXT_BYTES).kv_cache_bytes == CONTEXT_BYTES
-    assert EngineConfig().resolve(SHAPE, 40 * CONTEXT_BYTES).kv_cache_bytes == 10 * CONTEXT_BYTES
-    assert EngineConfig().resolve(SHAPE, 1 << 40).kv_cache_bytes == 128 * CONTEXT_BYTES
+    assert EngineConfig().resolve(SHAPE, F32, CONTEXT_BYTES).kv_cache_bytes == CONTEXT_BYTES
+    assert EngineConfig().resolve(SHAPE, F32, 40 * CONTEXT_BYTES).kv_cache_bytes == 10 * CONTEXT_BYTES
+    assert EngineConfig().resolve(SHAPE, F32, 1 << 40).kv_cache_bytes == 128 * CONTEXT_BYTES
 
 
 def test_a_shorter_context_needs_less() -> None:
-    config = EngineConfig(max_context_tokens=512).resolve(SHAPE, CONTEXT_BYTES // 2)
+    config = EngineConfig(max_context_tokens=512).resolve(SHAPE, F32, CONTEXT_BYTES // 2)
     assert (config.max_context_tokens, config.kv_cache_bytes) == (512, CONTEXT_BYTES // 2)
-    assert EngineConfig(max_context_tokens=1 << 20).resolve(SHAPE, 1 << 40).max_context_tokens == 1024
+    assert EngineConfig(max_context_tokens=1 << 20).resolve(SHAPE, F32, 1 << 40).max_context_tokens == 1024

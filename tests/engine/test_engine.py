@@ -13,13 +13,13 @@ from localmoe.engine.engine import Engine
 from localmoe.engine.load import load_decoder, warm_up
 from localmoe.formats.store import Store
 from localmoe.models.decoder import Decoder
-from support.models import greedy, make_engine, run
+from support.models import greedy, kernels_under_test, make_engine, run
 
 
 @pytest.fixture
 def decoder(tiny_home: Path) -> Decoder:
     with Store.open(tiny_home / "models/distinct-experts/stores/f32.store") as store:
-        return load_decoder(store)
+        return load_decoder(store, kernels_under_test())
 
 
 def outputs(engine: Engine, *requests: Request) -> list[TokenChunk | RequestFailed]:
@@ -39,7 +39,9 @@ def sampled(name: str, prompt_ids: list[int], max_tokens: int, **fields: Any) ->
 @pytest.mark.parametrize("chunk_tokens", [5, 512])
 def test_scoring_a_sequence_gives_what_generating_it_reported(decoder: Decoder, chunk_tokens: int) -> None:
     prompt = [5, 6, 7, 8]
-    chunks = outputs(make_engine(decoder, EngineConfig()), sampled("a", prompt, 20, temperature=0.0, logprobs=3))
+    # Scores are of the model's own distribution, whatever a penalty made of it.
+    request = sampled("a", prompt, 20, temperature=0.0, logprobs=3, repetition_penalty=1.3)
+    chunks = outputs(make_engine(decoder, EngineConfig()), request)
     generated = [logprob for chunk in chunks if isinstance(chunk, TokenChunk) for logprob in chunk.logprobs]
     sequence = prompt + [logprob.token_id for logprob in generated]
     engine = make_engine(decoder, EngineConfig(max_num_batched_tokens=chunk_tokens))
@@ -75,7 +77,7 @@ def test_numbers_that_are_not_finite_do_not_outlive_their_request(decoder: Decod
     engine = make_engine(decoder, EngineConfig(), num_blocks=2)
     clean = run(engine, [greedy("before", [5] * 20, 4)])["before"]
     experts = decoder.experts
-    decoder.experts = lambda layer, x, ids, weights: experts(layer, x, ids, weights) * float("nan")
+    decoder.experts = lambda layer, h, ids, weights, x: x.fill_(float("nan"))
     assert all(isinstance(output, RequestFailed) for output in outputs(engine, greedy("bad", [6] * 20, 4)))
     decoder.experts = experts
     assert run(engine, [greedy("after", [5] * 20, 4)])["after"] == clean
@@ -89,7 +91,7 @@ def test_a_step_that_raises_fails_its_requests_and_the_engine_lives(decoder: Dec
     engine = make_engine(decoder, EngineConfig(max_num_seqs=1))
     experts = decoder.experts
 
-    def broken(layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def broken(layer: int, *tensors: torch.Tensor) -> None:
         decoder.experts = experts
         raise RuntimeError("out of memory")
 
@@ -101,7 +103,7 @@ def test_a_step_that_raises_fails_its_requests_and_the_engine_lives(decoder: Dec
 
 
 def test_a_model_that_cannot_compute_does_not_become_ready(decoder: Decoder) -> None:
-    decoder.experts = lambda layer, x, ids, weights: x * float("inf")
+    decoder.experts = lambda layer, h, ids, weights, x: x.fill_(float("inf"))
     with pytest.raises(Exception, match="the model cannot compute"):
         warm_up(make_engine(decoder, EngineConfig()))
 

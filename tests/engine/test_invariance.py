@@ -9,7 +9,7 @@ from localmoe.engine.config import EngineConfig
 from localmoe.engine.load import load_decoder
 from localmoe.formats.store import Store
 from localmoe.models.decoder import Decoder
-from support.models import all_models, greedy, make_engine, run
+from support.models import all_models, greedy, kernels_under_test, make_engine, run
 
 NUM_TOKENS = 32
 
@@ -17,7 +17,7 @@ NUM_TOKENS = 32
 @pytest.fixture
 def decoder(model_under_test: tuple[Path, Path]) -> Decoder:
     with Store.open(model_under_test[1]) as store:
-        return load_decoder(store)
+        return load_decoder(store, kernels_under_test())
 
 
 @all_models

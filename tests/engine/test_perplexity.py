@@ -10,8 +10,8 @@ from localmoe.catalog.catalog import DEMO_NAME, Catalog
 from localmoe.core.model import WeightFormat
 from localmoe.engine.load import load_decoder
 from localmoe.formats.store import Store
-from localmoe.kernels.reference import causal_attention
 from localmoe.text.text_model import TextModel
+from support.models import kernels_under_test, paged_logits
 
 WINDOW_TOKENS = 512
 SAMPLES = Path(__file__).parent.parent / "data"
@@ -22,13 +22,10 @@ MAX_NVFP4_RATIO = 1.20
 def perplexity(store_path: Path, token_ids: list[int]) -> float:
     """exp of the mean negative log-likelihood per token, over windows without overlap."""
     with Store.open(store_path) as store:
-        decoder = load_decoder(store)
+        decoder = load_decoder(store, kernels_under_test())
     total, count = 0.0, 0
     for window in torch.tensor(token_ids).split(WINDOW_TOKENS):
-        hidden = decoder.forward(
-            window, torch.arange(len(window)), lambda layer, q, k, v: causal_attention(q, k, v)
-        )
-        logprobs = decoder.logits(hidden[:-1]).log_softmax(-1)
+        logprobs = paged_logits(decoder, window.tolist(), WINDOW_TOKENS)[:-1].log_softmax(-1)
         total -= float(logprobs.gather(1, window[1:, None]).sum())
         count += len(window) - 1
     return math.exp(total / count)

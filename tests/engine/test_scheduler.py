@@ -8,16 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localmoe.core.errors import OverloadedError
-from localmoe.core.plans import BatchPlan, StepResult
+from localmoe.core.plans import BatchPlan, SequenceStep, StepResult
 from localmoe.core.request import FinishReason, Request, RequestFailed, SamplingParams, TokenChunk, TokenLogprob
 from localmoe.engine.block_pool import BlockPool
 from localmoe.engine.config import EngineConfig
 from localmoe.engine.scheduler import Scheduler
+from localmoe.engine.speculation import SpeculationController, agreed
+from support.speculation import Eager
 
 
 def make(num_blocks: int = 100, **config: Any) -> tuple[Scheduler, BlockPool]:
+    """Without measurements, which nothing here gives to the controller, it never drafts."""
     pool = BlockPool(num_blocks)
-    return Scheduler(EngineConfig(block_tokens=4, **config), pool), pool
+    return Scheduler(EngineConfig(block_tokens=4, **config), pool, SpeculationController()), pool
+
+
+def make_eager(num_blocks: int = 100, **config: Any) -> tuple[Scheduler, BlockPool]:
+    pool = BlockPool(num_blocks)
+    return Scheduler(EngineConfig(block_tokens=4, **config), pool, Eager()), pool
 
 
 def request(name: str, prompt: int | list[int], max_tokens: int = 4, **sampling: Any) -> Request:
@@ -30,7 +38,13 @@ def request(name: str, prompt: int | list[int], max_tokens: int = 4, **sampling:
 def run(scheduler: Scheduler, plan: BatchPlan, token: int = 7) -> list[TokenChunk | RequestFailed]:
     """Pretend to compute a plan; every draw gives `token`."""
     return scheduler.update(
-        plan, {s.sequence_id: StepResult(token_id=token if s.samples else None) for s in plan.sequences}
+        plan,
+        {
+            s.sequence_id: StepResult(
+                token_ids=agreed(s.draft_ids, [token] * (s.num_drafts + 1)) if s.samples else ()
+            )
+            for s in plan.sequences
+        },
     )
 
 
@@ -192,12 +206,102 @@ def test_cancelling_frees_blocks_wherever_the_request_is() -> None:
     assert pool.num_free == pool.num_blocks
 
 
+REPETITIVE = [1, 2, 3, 1, 2, 3]
+
+
+def decode_step(scheduler: Scheduler, token: int = 1) -> tuple[SequenceStep, ...]:
+    """Prefill, and return the sequences of the step after it."""
+    plan = scheduler.schedule()
+    assert plan is not None
+    run(scheduler, plan, token)
+    plan = scheduler.schedule()
+    assert plan is not None
+    return plan.sequences
+
+
+def test_a_step_carries_a_draft_and_only_what_agrees_with_it_is_known() -> None:
+    scheduler, _ = make_eager()
+    scheduler.add(request("a", REPETITIVE, max_tokens=20))
+    [step] = decode_step(scheduler)
+    assert (step.token_ids[:4], step.num_drafts, step.start) == ((1, 2, 3, 1), 8, 6)
+    assert len(step.block_table) * 4 >= 6 + 9
+    result = StepResult(token_ids=(2, 3, 7))
+    [chunk] = scheduler.update(BatchPlan(sequences=(step,)), {step.sequence_id: result})
+    assert isinstance(chunk, TokenChunk)
+    assert chunk.token_ids == [2, 3, 7]
+    assert (scheduler.num_draft_tokens, scheduler.num_accepted_tokens) == (8, 2)
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert (plan.sequences[0].token_ids, plan.sequences[0].start) == ((7,), 9)
+
+
+@pytest.mark.parametrize(("max_tokens", "num_drafts"), [(2, 0), (3, 1), (6, 4)])
+def test_no_draft_beyond_the_last_token(max_tokens: int, num_drafts: int) -> None:
+    scheduler, _ = make_eager()
+    scheduler.add(request("a", REPETITIVE, max_tokens=max_tokens))
+    assert decode_step(scheduler)[0].num_drafts == num_drafts
+
+
+def test_a_draft_ends_before_a_stop_token() -> None:
+    scheduler, _ = make_eager()
+    scheduler.add(request("a", REPETITIVE, max_tokens=20, stop_token_ids=(3,)))
+    assert decode_step(scheduler)[0].draft_ids == (2,)
+
+
+def test_drafts_count_against_the_budget() -> None:
+    scheduler, _ = make_eager(max_num_batched_tokens=13)
+    for name in "ab":
+        scheduler.add(request(name, REPETITIVE, max_tokens=20))
+    assert [step.num_drafts for step in decode_step(scheduler)] == [8, 3]
+
+
+def test_a_step_that_also_computes_a_prompt_has_no_drafts() -> None:
+    scheduler, _ = make_eager()
+    scheduler.add(request("a", REPETITIVE, max_tokens=20))
+    plan = scheduler.schedule()
+    assert plan is not None
+    run(scheduler, plan, 1)
+    scheduler.add(request("b", REPETITIVE, max_tokens=20))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert [step.num_drafts for step in plan.sequences] == [0, 0]
+
+
+def test_speculation_can_be_switched_off() -> None:
+    scheduler, _ = make_eager(speculation=False)
+    scheduler.add(request("a", REPETITIVE, max_tokens=20))
+    assert decode_step(scheduler)[0].num_drafts == 0
+
+
+def test_drafts_take_no_block_that_another_needs_next() -> None:
+    scheduler, pool = make_eager(num_blocks=6, prefix_caching=False)
+    for name in "ab":
+        scheduler.add(request(name, REPETITIVE, max_tokens=20))
+    assert [step.num_drafts for step in decode_step(scheduler)] == [1, 1], "what fits into the blocks they have"
+    assert pool.num_free == 2
+    assert scheduler.num_preemptions == 0
+
+
+def test_a_draft_without_any_result_is_the_last() -> None:
+    scheduler, pool = make_eager()
+    scheduler.add(request("a", REPETITIVE, max_tokens=20))
+    [step] = decode_step(scheduler)
+    assert step.num_drafts > 0
+    assert scheduler.update(BatchPlan(sequences=(step,)), {step.sequence_id: StepResult()}) == []
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert (plan.sequences[0].token_ids, plan.sequences[0].start) == ((1,), 6)
+    assert isinstance(run(scheduler, plan)[0], TokenChunk)
+    assert len(finish_all(scheduler)["a"]) == 18
+    assert pool.num_free == pool.num_blocks
+
+
 @settings(deadline=None)
-@given(st.integers(0, 2**32), st.integers(6, 30), st.booleans())
-def test_random_traffic_loses_nothing(seed: int, num_blocks: int, prefix_caching: bool) -> None:
+@given(st.integers(0, 2**32), st.integers(6, 30), st.booleans(), st.booleans())
+def test_random_traffic_loses_nothing(seed: int, num_blocks: int, prefix_caching: bool, drafts: bool) -> None:
     """Whatever arrives, is cancelled or fails: every other request gets all its tokens, every block comes back."""
     rng = random.Random(seed)
-    scheduler, pool = make(
+    scheduler, pool = (make_eager if drafts else make)(
         num_blocks=num_blocks,
         prefix_caching=prefix_caching,
         max_num_batched_tokens=rng.randint(1, 12),

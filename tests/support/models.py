@@ -2,27 +2,41 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 
 import pytest
+import torch
 
 from localmoe.catalog.catalog import DEMO_NAME
+from localmoe.config.settings import load_settings
+from localmoe.core.plans import SequenceStep
 from localmoe.core.request import Request, SamplingParams, TokenChunk
 from localmoe.engine.config import EngineConfig, kv_bytes_per_token
 from localmoe.engine.engine import Engine
+from localmoe.engine.kv_cache import KVCache, place
+from localmoe.kernels.base import Kernels
+from localmoe.kernels.select import select_kernels
 from localmoe.models.decoder import Decoder
 
 # The demo's experts all compute one function, so it alone could not catch a wrong expert.
 all_models = pytest.mark.parametrize(
     "model_under_test",
-    ["distinct-experts", "dense", pytest.param(DEMO_NAME, marks=pytest.mark.slow)],
+    ["distinct-experts", "dense", "olmoe", "qwen3_moe", pytest.param(DEMO_NAME, marks=pytest.mark.slow)],
     indirect=True,
 )
 
 
+@cache
+def kernels_under_test() -> Kernels:
+    """What the environment asks for, as `LOCALMOE_ENGINE__CPU_LEVEL=avx2`; the best of this machine if nothing."""
+    return select_kernels(load_settings().engine.cpu_level, 2, pin=False)
+
+
 def make_engine(decoder: Decoder, config: EngineConfig, num_blocks: int = 400) -> Engine:
-    """An engine around a loaded decoder, with a cache of this many blocks."""
-    block_bytes = config.block_tokens * kv_bytes_per_token(decoder.shape)
-    return Engine("test", decoder, replace(config, kv_cache_bytes=num_blocks * block_bytes))
+    """An engine around a loaded decoder, with a float32 cache of this many blocks."""
+    block_bytes = config.block_tokens * kv_bytes_per_token(decoder.shape, "f32")
+    config = replace(config, kv_cache_bytes=num_blocks * block_bytes, kv_cache_dtype="f32")
+    return Engine("test", decoder, config)
 
 
 def greedy(name: str, prompt_ids: list[int], max_tokens: int = 64) -> Request:
@@ -41,3 +55,29 @@ def run(engine: Engine, requests: Iterable[Request]) -> dict[str, list[int]]:
             assert isinstance(output, TokenChunk), output
             tokens[output.request_id] += output.token_ids
     return tokens
+
+
+def paged_logits(decoder: Decoder, token_ids: list[int], chunk_tokens: int) -> torch.Tensor:
+    """Logits at every position, computed in chunks through the paged cache with scattered blocks."""
+    block_tokens = 16
+    num_blocks = -(-len(token_ids) // block_tokens)
+    cache = KVCache(decoder.shape, num_blocks, block_tokens, torch.float32)
+    table = tuple(torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0)).tolist())
+    logits = []
+    for start in range(0, len(token_ids), chunk_tokens):
+        chunk = token_ids[start : start + chunk_tokens]
+        step = SequenceStep(
+            sequence_id=0,
+            token_ids=tuple(chunk),
+            start=start,
+            block_table=table,
+            samples=False,
+            sampling=SamplingParams(max_tokens=1),
+            seed=0,
+            history=(token_ids, []),
+            scores_prompt=False,
+        )
+        placed = place([step], block_tokens, decoder.frequencies)
+        x_TD = decoder.forward(torch.tensor(chunk, dtype=torch.int32), cache, placed)
+        logits.append(decoder.logits(x_TD))
+    return torch.cat(logits)

@@ -1,16 +1,21 @@
 """A dense Llama checkpoint turned into a Mixtral checkpoint that computes the same function."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, silu
 
 from localmoe.catalog.calibration import WINDOW_TOKENS, Calibration
 from localmoe.catalog.upcycle import expert_share, fit_router, permute_expert
-from localmoe.core.model import ExpertId, ModelShape, TensorNames
+from localmoe.core.model import ExpertId, ModelShape, TensorNames, WeightFormat
+from localmoe.formats.packed import PackedMatrix, pack_matrix
+from localmoe.kernels.base import PagedStep
+from localmoe.kernels.reference import ReferenceKernels
 from localmoe.models import architecture
 
 
@@ -74,25 +79,55 @@ def fit_routers(
     num_experts, top_k = mixtral["num_local_experts"], mixtral["num_experts_per_tok"]
     routers: list[FittedRouter] = []
 
-    def experts(layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        fitting_TD, held_out_TD = x_TD[:num_fitting_tokens], x_TD[num_fitting_tokens:]
+    def experts(layer: int, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, x_TD: Tensor) -> None:
+        fitting_TD, held_out_TD = h_TD[:num_fitting_tokens], h_TD[num_fitting_tokens:]
         weight_ED = fit_router(fitting_TD, num_experts=num_experts, top_k=top_k, seed=layer)
         share_E = expert_share(weight_ED, held_out_TD, top_k)
         routers.append(FittedRouter(weight_ED=weight_ED, held_out_share=share_E.tolist()))
         on_layer(len(routers), shape.num_layers)
         gate_FD, up_FD, down_DF = (llama_tensors[name].float() for name in names.experts[ExpertId(layer, 0)])
-        return linear(silu(linear(x_TD, gate_FD)) * linear(x_TD, up_FD), down_DF)
+        x_TD += linear(silu(linear(h_TD, gate_FD)) * linear(h_TD, up_FD), down_DF)
 
-    def attention(layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        # All windows are equally long and lie one after another, so they are a batch.
-        q, k, v = (x.view(len(windows), -1, *x.shape[1:]).transpose(1, 2) for x in (q_THd, k_TGd, v_TGd))
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return out.transpose(1, 2).flatten(0, 1)
-
-    dense = {ours: llama_tensors[theirs].float() for ours, theirs in names.dense.items()}
-    positions_T = torch.arange(WINDOW_TOKENS).repeat(len(windows))
-    llama(shape, dense, experts).forward(torch.tensor(windows).flatten(), positions_T, attention)
+    kernels = ReferenceKernels(torch.get_num_threads())
+    decoder = llama(shape, CheckpointDense(llama_tensors, names), experts, kernels)
+    token_ids_T = torch.tensor(windows, dtype=torch.int32).flatten()
+    decoder.forward(token_ids_T, _Cache(shape, len(windows)), _step(decoder.frequencies, len(windows)))
     return routers
+
+
+class CheckpointDense:
+    """Checkpoint tensors as a decoder's dense weights."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: TensorNames) -> None:
+        self._tensors, self._names = tensors, names.dense
+
+    def dense_matrix(self, name: str) -> PackedMatrix:
+        return pack_matrix(self._tensors[self._names[name]].float(), WeightFormat.F32)
+
+    def dense_vector(self, name: str) -> Tensor:
+        return self._tensors[self._names[name]].float()
+
+
+class _Cache:
+    """A block for every window. All tokens go through a layer at once, so all layers use the same tensors in turn."""
+
+    def __init__(self, shape: ModelShape, num_windows: int) -> None:
+        heads = (num_windows, shape.num_kv_heads)
+        self.keys = [torch.zeros(*heads, shape.head_dim, WINDOW_TOKENS)] * shape.num_layers
+        self.values = [torch.zeros(*heads, WINDOW_TOKENS, shape.head_dim)] * shape.num_layers
+
+
+def _step(frequencies_d: NDArray[np.float32], num_windows: int) -> PagedStep:
+    """All tokens of all windows, each window a sequence in a block of its own."""
+    window_W, zeros_W = np.arange(num_windows, dtype=np.int32), np.zeros(num_windows, np.int32)
+    angles_Td = np.tile(np.arange(WINDOW_TOKENS, dtype=np.float32)[:, None] * frequencies_d, (num_windows, 1))
+    return PagedStep(
+        slots_T=np.arange(num_windows * WINDOW_TOKENS),
+        spans_S3=np.stack([window_W * WINDOW_TOKENS, zeros_W + WINDOW_TOKENS, zeros_W], axis=1),
+        tables_SN=window_W[:, None],
+        cosines_Td=np.cos(angles_Td),
+        sines_Td=np.sin(angles_Td),
+    )
 
 
 def _names(config: dict[str, Any]) -> TensorNames:

@@ -44,6 +44,10 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache_hits: int
     """Prompt tokens found since start."""
     num_preemptions: int
+    num_draft_tokens: int
+    """Guessed tokens that were run through the model since start (speculative decoding)."""
+    num_accepted_tokens: int
+    """Those of them that proved right."""
 
     @classmethod
     def empty(cls, model: str) -> "EngineState":
@@ -57,6 +61,8 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
             prefix_cache_queries=0,
             prefix_cache_hits=0,
             num_preemptions=0,
+            num_draft_tokens=0,
+            num_accepted_tokens=0,
         )
 
 

@@ -6,12 +6,22 @@ import msgspec
 
 
 class WeightFormat(StrEnum):
-    """How expert matrices are stored. Dense parts of the FP4 formats are BF16."""
+    """How a matrix is stored. In a store it names the experts' format; dense matrices beside FP4 experts are INT8."""
 
     NVFP4 = "nvfp4"
     MXFP4 = "mxfp4"
+    INT8 = "int8"
     BF16 = "bf16"
     F32 = "f32"
+
+
+class QkNorm(StrEnum):
+    """What the RMS norm of queries and keys, between projection and rotation, runs over."""
+
+    HEAD = "head"
+    """Each head alone; weights [d] (Qwen3)."""
+    PROJECTION = "projection"
+    """All heads together; weights [H * d] and [G * d] (OLMoE)."""
 
 
 class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +53,10 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     rope_theta: float
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
+    qk_norm: QkNorm | None = None
+    """None: queries and keys are rotated as projected."""
+    norm_top_k: bool = True
+    """Whether the chosen experts' probabilities are scaled to sum to one."""
 
 
 class ExpertId(msgspec.Struct, frozen=True, order=True, array_like=True):
@@ -56,7 +70,8 @@ class TensorNames(msgspec.Struct, frozen=True, kw_only=True):
     """Where an architecture's checkpoint keeps each of our tensors.
 
     Dense names of ours: `embed`, `final_norm`, `head` (absent when tied), and per layer `layers.{i}.` followed
-    by `attn_norm`, `q`, `k`, `v`, `o`, `ffn_norm`, `router` (absent with one expert).
+    by `attn_norm`, `q`, `k`, `v`, `o`, `q_norm` and `k_norm` (with `ModelShape.qk_norm` only), `ffn_norm`, `router`
+    (absent with one expert).
     """
 
     dense: dict[str, str]

@@ -11,13 +11,17 @@ class SequenceStep:
 
     sequence_id: int
     token_ids: tuple[int, ...]
-    """Tokens to run through the model now: a chunk of the prompt, or the last sampled token."""
+    """Tokens to run through the model now: a chunk of the prompt, or the last sampled token and a draft of those
+    that may follow it."""
+    num_drafts: int = 0
+    """How many of them, at the end, are the draft. Above 0 only where the one before it is the last known token."""
     start: int
     """Position of the first of them in the sequence; keys and values before it are in the cache."""
     block_table: tuple[int, ...]
     """Cache blocks of the sequence in order of position; covers `start + len(token_ids)`."""
     samples: bool
-    """Whether the step reaches the end of the known tokens, so that a next token is drawn."""
+    """Whether the step reaches the end of the known tokens, so that a next token is drawn there, and one after each
+    draft token that equals the draw before it."""
     sampling: SamplingParams
     seed: int
     """The sequence's own seed; with the position it fixes the random draw."""
@@ -25,6 +29,10 @@ class SequenceStep:
     """(prompt ids, output ids) so far, for the penalties; lists are the scheduler's own, not to be changed."""
     scores_prompt: bool
     """Whether the prompt tokens that follow this chunk's positions get log-probabilities."""
+
+    @property
+    def draft_ids(self) -> tuple[int, ...]:
+        return self.token_ids[len(self.token_ids) - self.num_drafts :]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +50,11 @@ class BatchPlan:
 class StepResult:
     """What a step computed for one sequence."""
 
-    token_id: int | None = None
-    """The drawn token, where the plan asked for one."""
-    logprob: TokenLogprob | None = None
-    """Its log-probability, where the request asked for it."""
+    token_ids: tuple[int, ...] = ()
+    """The drawn tokens, where the plan asked for any: one more than drafts that proved right. None at all in a step
+    with drafts: nothing could be drawn, which may be the draft's doing; to be computed again without."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each of them, where the request asked for it."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """For the prompt tokens that follow this chunk's positions, where asked for."""
     fault: str | None = None

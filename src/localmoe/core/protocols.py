@@ -5,7 +5,7 @@ from typing import Protocol, TypeVar
 
 from localmoe.core.request import Request, TokenChunk
 
-TensorT = TypeVar("TensorT")
+T_contra = TypeVar("T_contra", contravariant=True)
 
 
 class Generator(Protocol):
@@ -26,17 +26,16 @@ class Generator(Protocol):
         ...
 
 
-class ExpertExecutor(Protocol[TensorT]):
+class ExpertExecutor(Protocol[T_contra]):
     """Computes the routed experts of a layer, wherever their weights are."""
 
-    def __call__(self, layer: int, x_TD: TensorT, expert_ids_TK: TensorT, weights_TK: TensorT) -> TensorT:
-        """Sum over k of `weights[t, k] * expert[expert_ids[t, k]](x[t])`, shape [T, D], dtype of x."""
-        ...
-
-
-class AttentionExecutor(Protocol[TensorT]):
-    """Stores a step's keys and values and attends over everything cached so far."""
-
-    def __call__(self, layer: int, q_THd: TensorT, k_TGd: TensorT, v_TGd: TensorT) -> TensorT:
-        """Causal attention of each token over its own sequence, shape [T, H, d]; q and k are rotated already."""
+    def __call__(
+        self,
+        layer: int,
+        h_TD: T_contra,
+        ids_TK: T_contra,
+        weights_TK: T_contra,
+        x_TD: T_contra,
+    ) -> None:
+        """Add `sum over k of weights[t, k] * expert[ids[t, k]](h[t])` to x in place; ids int32, the rest float32."""
         ...

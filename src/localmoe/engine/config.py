@@ -1,12 +1,16 @@
 """Settings of the native engine."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from localmoe.core.errors import EngineStartError
-from localmoe.core.model import ModelShape
+from localmoe.core.model import ModelShape, WeightFormat
 
 _TYPICAL_TOKENS_PER_SEQUENCE = 2048
 """What an automatic cache sets aside for each sequence that may run at once."""
+
+_LANES = 16
+"""Tokens that attention kernels take side by side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +19,11 @@ class EngineConfig:
 
     num_threads: int | None = None
     """Compute threads; None: one per core."""
+    pin_threads: bool = False
+    """Keep each compute thread on one processor; pays where the engine has its processors to itself."""
+    cpu_level: str = "auto"
+    """Instructions to compute with: `avx2`, `avx_vnni`, `avx512_vnni`, `amx`, or `reference` for plain torch;
+    `auto`: the best that this machine runs."""
     max_num_seqs: int = 64
     """Most sequences in one step."""
     max_num_batched_tokens: int = 512
@@ -27,27 +36,38 @@ class EngineConfig:
     """Longest sequence, prompt and answer together; None, or more than that: what the model was made for."""
     kv_cache_bytes: int | None = None
     """Keys and values of all sequences together; None: a quarter of the free memory, within reason."""
+    kv_cache_dtype: Literal["auto", "bf16", "f32"] = "auto"
+    """`auto`: f32 for a model stored in f32, else bf16."""
     prefix_caching: bool = True
     """Reuse the keys and values of prompts that begin alike."""
+    speculation: bool = True
+    """Guess tokens by prompt lookup and check several in one step, where measurements say that it pays."""
     hang_timeout_s: float = 120.0
     """An engine that has requests but finishes no step for this long is taken for hung, killed and replaced."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and not isinstance(value, bool) and value <= 0:
+            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
                 raise ValueError(f"{name} is {value}; it must be positive")
 
-    def resolve(self, shape: ModelShape, free_bytes: int) -> "EngineConfig":
-        """Settle `max_context_tokens` and `kv_cache_bytes` for this model and machine.
+    def resolve(self, shape: ModelShape, weights: WeightFormat, free_bytes: int) -> "EngineConfig":
+        """Settle `max_context_tokens`, `kv_cache_bytes` and `kv_cache_dtype` for this model and machine.
 
         Args:
+            weights: what the model is stored in.
             free_bytes: memory that is left once the weights are loaded.
 
         Raises:
-            EngineStartError: the cache would not hold one sequence of the model's full context.
+            EngineStartError: the cache would not hold one sequence of the model's full context, or kernels cannot
+                work on its blocks.
         """
+        if self.block_tokens % _LANES:
+            raise EngineStartError(f"block_tokens is {self.block_tokens}; it must be a multiple of {_LANES}")
+        if self.kv_cache_dtype == "auto":
+            exact = weights is WeightFormat.F32
+            return replace(self, kv_cache_dtype="f32" if exact else "bf16").resolve(shape, weights, free_bytes)
         context_tokens = min(self.max_context_tokens or shape.max_context_tokens, shape.max_context_tokens)
-        block_bytes = self.block_tokens * kv_bytes_per_token(shape)
+        block_bytes = self.block_tokens * kv_bytes_per_token(shape, self.kv_cache_dtype)
         least_bytes = -(-context_tokens // self.block_tokens) * block_bytes
         if self.kv_cache_bytes is None:
             if free_bytes < least_bytes:
@@ -66,14 +86,14 @@ class EngineConfig:
         return replace(self, max_context_tokens=context_tokens)
 
 
-def kv_bytes_per_token(shape: ModelShape) -> int:
-    """Keys and values of one token over all layers, in float32."""
-    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 4
+def kv_bytes_per_token(shape: ModelShape, dtype: str) -> int:
+    """Keys and values of one token over all layers; `dtype` as in `EngineConfig`."""
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * {"bf16": 2, "f32": 4}[dtype]
 
 
-def weights_bytes(shape: ModelShape) -> int:
-    """All weights in float32; norms and routers are too small to count."""
+def num_weights(shape: ModelShape) -> int:
+    """Weights of the whole model; norms and routers are too few to count."""
     attention = 2 * shape.hidden_size * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
     experts = 3 * shape.num_experts * shape.hidden_size * shape.expert_size
     embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tie_embeddings else 2)
-    return 4 * (shape.num_layers * (attention + experts) + embeddings)
+    return shape.num_layers * (attention + experts) + embeddings

@@ -1,6 +1,9 @@
 """The engine: schedule, execute, update."""
 
 import logging
+import time
+
+import torch
 
 from localmoe.core.errors import InvalidRequestError
 from localmoe.core.events import EngineState
@@ -10,6 +13,7 @@ from localmoe.engine.config import EngineConfig, kv_bytes_per_token
 from localmoe.engine.executor import Executor
 from localmoe.engine.kv_cache import KVCache
 from localmoe.engine.scheduler import Scheduler
+from localmoe.engine.speculation import SpeculationController
 from localmoe.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
@@ -21,7 +25,7 @@ class Engine:
     Args:
         model: the name it is served under.
         decoder: with its weights loaded.
-        config: resolved, that is with a `kv_cache_bytes`.
+        config: resolved, that is with a `kv_cache_bytes` and a `kv_cache_dtype`.
     """
 
     def __init__(self, model: str, decoder: Decoder, config: EngineConfig) -> None:
@@ -29,10 +33,14 @@ class Engine:
         self._model = model
         self._shape = shape = decoder.shape
         self._max_context_tokens = config.max_context_tokens or shape.max_context_tokens
-        num_blocks = config.kv_cache_bytes // (config.block_tokens * kv_bytes_per_token(shape))
+        num_blocks = config.kv_cache_bytes // (
+            config.block_tokens * kv_bytes_per_token(shape, config.kv_cache_dtype)
+        )
+        dtype = torch.bfloat16 if config.kv_cache_dtype == "bf16" else torch.float32
         self._pool = BlockPool(num_blocks)
-        self._scheduler = Scheduler(config, self._pool)
-        self._executor = Executor(decoder, KVCache(shape, num_blocks, config.block_tokens))
+        self._speculation = SpeculationController()
+        self._scheduler = Scheduler(config, self._pool, self._speculation)
+        self._executor = Executor(decoder, KVCache(shape, num_blocks, config.block_tokens, dtype))
 
     @property
     def has_work(self) -> bool:
@@ -69,12 +77,14 @@ class Engine:
         plan = self._scheduler.schedule()
         if plan is None:
             return []
+        started_s = time.perf_counter()
         try:
             results = self._executor.execute(plan)
         except Exception as error:
             # Whatever went wrong (memory, a damaged weight), it must cost this step's requests only.
             logger.exception("step of %d tokens failed", plan.num_tokens)
             return self._scheduler.fail(plan, f"the engine failed: {error}")
+        self._speculation.observe(plan, time.perf_counter() - started_s)
         return self._scheduler.update(plan, results)
 
     def state(self) -> EngineState:
@@ -89,4 +99,6 @@ class Engine:
             prefix_cache_queries=scheduler.prefix_queries_tokens,
             prefix_cache_hits=scheduler.prefix_hits_tokens,
             num_preemptions=scheduler.num_preemptions,
+            num_draft_tokens=scheduler.num_draft_tokens,
+            num_accepted_tokens=scheduler.num_accepted_tokens,
         )

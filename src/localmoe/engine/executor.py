@@ -1,7 +1,6 @@
-"""Carries out a batch plan: one forward pass, then a token for each sequence that is due one."""
+"""Carries out a batch plan: one forward pass, then the tokens of each sequence that is due any."""
 
 from dataclasses import replace
-from functools import partial
 from itertools import accumulate
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 from localmoe.core.plans import BatchPlan, SequenceStep, StepResult
 from localmoe.core.request import TokenLogprob
 from localmoe.engine.kv_cache import KVCache, place
-from localmoe.engine.sampler import sample, score
+from localmoe.engine.sampler import draws_of, sample, score
+from localmoe.engine.speculation import agreed
 from localmoe.models.decoder import Decoder
 
 
@@ -29,11 +29,10 @@ class Executor:
     @torch.inference_mode()
     def execute(self, plan: BatchPlan) -> dict[int, StepResult]:
         """Compute a step; results by sequence id."""
-        steps = sorted(plan.sequences, key=lambda step: len(step.token_ids) == 1)
-        batch = place(steps, self._cache.block_tokens)
-        token_ids_T = torch.tensor([token for step in steps for token in step.token_ids])
-        positions_T = torch.cat([torch.arange(s.start, s.start + len(s.token_ids)) for s in steps])
-        hidden_TD = self._decoder.forward(token_ids_T, positions_T, partial(self._cache.attend, batch))
+        steps = list(plan.sequences)
+        token_ids_T = torch.tensor([token for step in steps for token in step.token_ids], dtype=torch.int32)
+        placed = place(steps, self._cache.block_tokens, self._decoder.frequencies)
+        hidden_TD = self._decoder.forward(token_ids_T, self._cache, placed)
 
         ends = list(accumulate(len(step.token_ids) for step in steps))
         results = self._sample(steps, ends, hidden_TD)
@@ -48,17 +47,31 @@ class Executor:
         results = [StepResult()] * len(steps)
         if not due:
             return results
-        raw_SV = self._decoder.logits(hidden_TD[[ends[i] - 1 for i in due]])
-        token_ids = sample(raw_SV.clone(), [steps[i] for i in due])
-        for row, i in enumerate(due):
-            token_id, wanted = token_ids[row], steps[i].sampling.logprobs
-            if token_id is None:
-                results[i] = StepResult(fault="the logits of the next token are not finite numbers")
-                self._cache.scrub(steps[i].block_table)
-            else:
-                logprob = None if wanted is None else score(raw_SV[row], token_id, wanted)
-                results[i] = StepResult(token_id=token_id, logprob=logprob)
+        draws = [draw for i in due for draw in draws_of(steps[i])]
+        rows = [row for i in due for row in range(ends[i] - steps[i].num_drafts - 1, ends[i])]
+        logits_SV = self._decoder.logits(hidden_TD[rows])
+        # Scores are of the logits before bias and penalties, which change them in place.
+        scored = any(draw.sampling.logprobs is not None for draw in draws)
+        raw_SV = logits_SV.clone() if scored else logits_SV
+        drawn = sample(self._decoder.kernels, logits_SV, draws)
+        start = 0
+        for i in due:
+            end = start + steps[i].num_drafts + 1
+            results[i] = self._result(steps[i], drawn[start:end], raw_SV[start:end])
+            start = end
         return results
+
+    def _result(self, step: SequenceStep, drawn: list[int | None], raw_SV: Tensor) -> StepResult:
+        """What became of one sequence's draws."""
+        if None in drawn:
+            self._cache.scrub(step.block_table)
+        token_ids, wanted = agreed(step.draft_ids, drawn), step.sampling.logprobs
+        if not token_ids and not step.num_drafts:
+            return StepResult(fault="the logits of the next token are not finite numbers")
+        if wanted is None:
+            return StepResult(token_ids=token_ids)
+        pairs = zip(raw_SV[: len(token_ids)], token_ids, strict=True)
+        return StepResult(token_ids=token_ids, logprobs=tuple(score(row, token, wanted) for row, token in pairs))
 
     def _score_prompt(self, step: SequenceStep, hidden_TD: Tensor) -> tuple[TokenLogprob, ...]:
         """Score the prompt tokens that follow the positions of this chunk."""

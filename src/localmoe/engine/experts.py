@@ -1,37 +1,29 @@
 """Computes routed experts whose weights are all in memory."""
 
-import torch
 from torch import Tensor
 
 from localmoe.core.model import ExpertId
 from localmoe.formats.store import Store
-from localmoe.kernels import reference as kernels
+from localmoe.kernels.base import Kernels
 
 
 class ResidentExperts:
-    """Every expert of a store, expanded to float32 at start.
+    """Every expert of a store, used where the store's file is mapped.
 
     Args:
-        store: each blob's checksum is verified as it is read.
+        store: each blob's checksum is verified at its first read.
+        kernels: what computes.
 
     Raises:
         StoreError: a blob is damaged or cannot be read.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, kernels: Kernels) -> None:
         shape = store.shape
-        self._gate_up: list[Tensor] = []
-        self._down: list[Tensor] = []
-        for layer in range(shape.num_layers):
-            gate_up = torch.empty(shape.num_experts, 2 * shape.expert_size, shape.hidden_size)
-            down = torch.empty(shape.num_experts, shape.hidden_size, shape.expert_size)
-            for expert in range(shape.num_experts):
-                gate, up, down_DF = store.read_expert(ExpertId(layer, expert)).dequantize(torch.float32)
-                gate_up[expert, : shape.expert_size] = gate
-                gate_up[expert, shape.expert_size :] = up
-                down[expert] = down_DF
-            self._gate_up.append(gate_up)
-            self._down.append(down)
+        self._layers = [
+            kernels.experts([store.read_expert(ExpertId(layer, expert)) for expert in range(shape.num_experts)])
+            for layer in range(shape.num_layers)
+        ]
 
-    def __call__(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        return kernels.moe(x_TD, expert_ids_TK, weights_TK, self._gate_up[layer], self._down[layer])
+    def __call__(self, layer: int, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, x_TD: Tensor) -> None:
+        self._layers[layer](h_TD, ids_TK, weights_TK, x_TD)

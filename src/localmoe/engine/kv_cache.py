@@ -4,70 +4,56 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from localmoe.core.model import ModelShape
 from localmoe.core.plans import SequenceStep
-from localmoe.kernels.reference import PagedBatch, paged_attention
+from localmoe.kernels.base import PagedStep
 
 
 class KVCache:
-    """Blocks of keys and values for every layer, float32 [N blocks, B tokens, G heads, d]."""
+    """Blocks of keys and values for every layer.
 
-    def __init__(self, shape: ModelShape, num_blocks: int, block_tokens: int) -> None:
+    Keys are [N blocks, G heads, d, B tokens], so that a kernel's lanes are neighbouring tokens; values [N, G, B, d].
+    """
+
+    def __init__(self, shape: ModelShape, num_blocks: int, block_tokens: int, dtype: torch.dtype) -> None:
         self.block_tokens = block_tokens
-        size = (shape.num_layers, num_blocks, block_tokens, shape.num_kv_heads, shape.head_dim)
-        self._keys, self._values = _lazy_zeros(size), _lazy_zeros(size)
-
-    def attend(self, batch: PagedBatch, layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        """Store the step's keys and values, then attend over everything cached; [T, H, d]."""
-        keys, values = self._keys[layer], self._values[layer]
-        keys.flatten(0, 1)[batch.slots_T] = k_TGd
-        values.flatten(0, 1)[batch.slots_T] = v_TGd
-        return paged_attention(q_THd, keys, values, batch)
+        heads, layers = (num_blocks, shape.num_kv_heads), range(shape.num_layers)
+        self.keys = [_lazy_zeros((*heads, shape.head_dim, block_tokens), dtype) for _ in layers]
+        self.values = [_lazy_zeros((*heads, block_tokens, shape.head_dim), dtype) for _ in layers]
 
     def scrub(self, blocks: Sequence[int]) -> None:
-        """Zero what is not a finite number in these blocks: masked slots are multiplied by zero, not skipped, so one
-        NaN would spread to whoever gets the block next."""
+        """Zero what is not a finite number in these blocks, before they go to another sequence."""
         index = torch.tensor(blocks)
-        for cache in (self._keys, self._values):
-            cache[:, index] = cache[:, index].nan_to_num(0.0, 0.0, 0.0)
+        for cache in (*self.keys, *self.values):
+            cache[index] = cache[index].nan_to_num(0.0, 0.0, 0.0)
 
 
-def place(steps: list[SequenceStep], block_tokens: int) -> PagedBatch:
-    """Addresses of a step's tokens. Sequences with several tokens come first in `steps`."""
-    spans: list[tuple[int, int]] = []
-    tables, lengths = [], []
-    decodes = [step for step in steps if len(step.token_ids) == 1]
-    slots, row = [], 0
-    for step in steps:
-        count = len(step.token_ids)
-        table = torch.tensor(step.block_table)
-        positions = torch.arange(step.start, step.start + count)
-        slots.append(table[positions // block_tokens] * block_tokens + positions % block_tokens)
-        if count > 1:
-            assert row == sum(end - start for start, end in spans), "sequences with several tokens come first"
-            spans.append((row, row + count))
-            lengths.append(step.start + count)
-            tables.append(table[: -(-lengths[-1] // block_tokens)])
-        row += count
-    decode_lengths = torch.tensor([step.start + 1 for step in decodes], dtype=torch.int64)
-    width = max((-(-(step.start + 1) // block_tokens) for step in decodes), default=0)
-    decode_blocks = torch.zeros(len(decodes), width, dtype=torch.int64)
-    for i, step in enumerate(decodes):
-        used = step.block_table[:width]
-        decode_blocks[i, : len(used)] = torch.tensor(used)
-    return PagedBatch(
-        slots_T=torch.cat(slots),
-        spans=tuple(spans),
-        span_blocks=tuple(tables),
-        span_lengths=tuple(lengths),
-        decode_start=row - len(decodes),
-        decode_blocks_SN=decode_blocks,
-        decode_lengths_S=decode_lengths,
+def place(steps: Sequence[SequenceStep], block_tokens: int, frequencies_d: NDArray[np.float32]) -> PagedStep:
+    """Addresses and rotary angles of a step's tokens, in the order of `steps`."""
+    counts = np.array([len(step.token_ids) for step in steps])
+    starts = np.array([step.start for step in steps])
+    widths = -(-(starts + counts) // block_tokens)
+    tables_SN = np.zeros((len(steps), int(widths.max())), np.int32)
+    for row, step, width in zip(tables_SN, steps, widths, strict=True):
+        row[:width] = step.block_table[:width]
+    first_rows = np.cumsum(counts) - counts
+    sequence_T = np.repeat(np.arange(len(steps)), counts)
+    positions_T = np.arange(counts.sum()) - np.repeat(first_rows - starts, counts)
+    blocks_T = tables_SN[sequence_T, positions_T // block_tokens].astype(np.int64)
+    angles_Td = positions_T[:, None].astype(np.float32) * frequencies_d
+    return PagedStep(
+        slots_T=blocks_T * block_tokens + positions_T % block_tokens,
+        spans_S3=np.stack([first_rows, counts, starts], axis=1).astype(np.int32),
+        tables_SN=tables_SN,
+        cosines_Td=np.cos(angles_Td),
+        sines_Td=np.sin(angles_Td),
     )
 
 
-def _lazy_zeros(size: tuple[int, ...]) -> Tensor:
+def _lazy_zeros(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros whose pages come at first touch: NumPy allocates with calloc, torch would write them all."""
-    return torch.from_numpy(np.zeros(size, np.float32))
+    words = np.zeros(size, np.int16 if dtype == torch.bfloat16 else np.int32)
+    return torch.from_numpy(words).view(dtype)

@@ -1,21 +1,26 @@
 """From a store on disk to an engine that can step."""
 
+import logging
 from pathlib import Path
 
 import torch
 
 from localmoe.core.errors import EngineStartError
 from localmoe.core.request import Request, RequestFailed, SamplingParams
-from localmoe.engine.config import EngineConfig, weights_bytes
+from localmoe.engine.config import EngineConfig, num_weights
 from localmoe.engine.engine import Engine
 from localmoe.engine.experts import ResidentExperts
 from localmoe.formats.store import Store
+from localmoe.kernels.base import Kernels
+from localmoe.kernels.select import select_kernels
 from localmoe.models import architecture
 from localmoe.models.decoder import Decoder
 
+logger = logging.getLogger(__name__)
+
 
 def load_engine(model: str, store_path: Path, config: EngineConfig, available_memory_bytes: int) -> Engine:
-    """Read a store's weights, expand them to float32, and set the engine up.
+    """Map a store, check it, and set the engine up on the kernels that the configuration says.
 
     Args:
         model: the name it is served under.
@@ -26,19 +31,23 @@ def load_engine(model: str, store_path: Path, config: EngineConfig, available_me
         StoreError: the store is damaged.
         EngineStartError: the configuration or the memory does not fit the model.
     """
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    num_threads = config.num_threads or torch.get_num_threads()
+    # What torch still does is small; its threads would only be in the way of the kernels' own.
+    torch.set_num_threads(1)
+    kernels = select_kernels(config.cpu_level, num_threads, pin=config.pin_threads)
     with Store.open(store_path) as store:
-        shape = store.shape
-        config = config.resolve(shape, available_memory_bytes - weights_bytes(shape))
-        decoder = load_decoder(store)
+        needed_bytes = kernels.memory_bytes(store.total_bytes, num_weights(store.shape))
+        config = config.resolve(store.shape, store.weights, available_memory_bytes - needed_bytes)
+        store.check(num_threads)
+        decoder = load_decoder(store, kernels)
+    logger.info("%s computes with %s", model, kernels.name)
     return Engine(model, decoder, config)
 
 
-def load_decoder(store: Store) -> Decoder:
-    """The model of a store with all its weights in memory, in float32. Raises StoreError."""
-    dense = {name: store.read_dense(name).float() for name in store.dense_names}
-    return architecture({"model_type": store.shape.model_type})(store.shape, dense, ResidentExperts(store))
+def load_decoder(store: Store, kernels: Kernels) -> Decoder:
+    """The model of a store with all its weights in memory. Raises StoreError."""
+    decoder = architecture({"model_type": store.shape.model_type})
+    return decoder(store.shape, store, ResidentExperts(store, kernels), kernels)
 
 
 def warm_up(engine: Engine) -> None:

@@ -4,11 +4,12 @@ A draw depends on the sequence's seed and the token's position only: a counter-b
 2011, Philox) gives one uniform number for the pair, and the inverse of the cumulative distribution turns it into
 a token. So a seeded request gets the same tokens alone and in any batch, and a replay elsewhere goes on alike.
 
-Shape suffixes: S sequences, V vocabulary.
+Shape suffixes: S draws, V vocabulary.
 """
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,32 +17,61 @@ from torch import Tensor
 
 from localmoe.core.plans import SequenceStep
 from localmoe.core.request import SamplingParams, TokenLogprob
+from localmoe.kernels.base import Draws, Kernels
 
 GREEDY_BELOW = 1e-5
 """A temperature below this takes the likeliest token: the quotient would leave float32's range."""
-_NUCLEUS_CANDIDATES = 1024
-"""Nearly every nucleus lies within this many tokens, and selecting them is much cheaper than sorting all."""
 
 
-def sample(logits_SV: Tensor, steps: Sequence[SequenceStep]) -> list[int | None]:
-    """Draw the next token of each sequence; `logits_SV` float32, one row per step, is modified.
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """All that decides a token beside the logits."""
+
+    sampling: SamplingParams
+    seed: int
+    position: int
+    """Of the token to draw."""
+    history: tuple[list[int], list[int]]
+    """(prompt ids, output ids) before it."""
+
+
+def draws_of(step: SequenceStep) -> list[Draw]:
+    """What a step draws: a token after its last known one, and one after each draft, taking that draft for right."""
+    prompt_ids, output_ids = step.history
+    draft_ids, end = step.draft_ids, step.start + len(step.token_ids)
+    return [
+        Draw(
+            sampling=step.sampling,
+            seed=step.seed,
+            position=end - step.num_drafts + count,
+            history=(prompt_ids, output_ids + list(draft_ids[:count]) if count else output_ids),
+        )
+        for count in range(step.num_drafts + 1)
+    ]
+
+
+def sample(kernels: Kernels, logits_SV: Tensor, draws: Sequence[Draw]) -> list[int | None]:
+    """Draw a token from each row; `logits_SV` float32, one row per draw, is modified.
 
     None where the logits are not finite numbers, of the model's or a penalty's doing: there is nothing to draw from.
     """
-    for row, step in zip(logits_SV, steps, strict=True):
-        adjust(row, step.sampling, *step.history)
-    finite = logits_SV.isfinite().all(-1).tolist()
-    token_ids_S = logits_SV.argmax(-1)
-    drawn = [i for i, step in enumerate(steps) if step.sampling.temperature >= GREEDY_BELOW]
-    if drawn:
-        sampling = [steps[i].sampling for i in drawn]
-        uniforms = [uniform(steps[i].seed, steps[i].start + len(steps[i].token_ids)) for i in drawn]
-        probabilities_SV = filtered_probabilities(logits_SV[drawn], sampling)
-        cumulative_SV = probabilities_SV.double().cumsum(-1)
-        targets_S1 = torch.tensor(uniforms, dtype=torch.float64)[:, None] * cumulative_SV[:, -1:]
-        # right=True: the first token whose cumulative sum exceeds the target, which has a probability above zero.
-        token_ids_S[drawn] = torch.searchsorted(cumulative_SV, targets_S1, right=True).squeeze(-1)
-    return [token_id if ok else None for token_id, ok in zip(token_ids_S.tolist(), finite, strict=True)]
+    for row, draw in zip(logits_SV, draws, strict=True):
+        adjust(row, draw.sampling, *draw.history)
+    token_ids = kernels.draw(logits_SV, settings(draws))
+    return [None if token_id < 0 else token_id for token_id in token_ids]
+
+
+def settings(draws: Sequence[Draw]) -> Draws:
+    """The same for the kernels, row by row."""
+    sampling = [draw.sampling for draw in draws]
+    temperatures = [0.0 if s.temperature < GREEDY_BELOW else s.temperature for s in sampling]
+    return Draws(
+        temperatures_S=np.array(temperatures, np.float32),
+        top_k_S=np.array([s.top_k for s in sampling], np.int32),
+        top_p_S=np.array([s.top_p for s in sampling], np.float32),
+        min_p_S=np.array([s.min_p for s in sampling], np.float32),
+        uniforms_S=np.array([uniform(draw.seed, draw.position) for draw in draws]),
+    )
 
 
 def uniform(seed: int, position: int) -> float:
@@ -63,33 +93,6 @@ def adjust(logits_V: Tensor, sampling: SamplingParams, prompt_ids: list[int], ou
         counted = Counter(output_ids)
         ids, counts = torch.tensor(list(counted)), torch.tensor(list(counted.values()))
         logits_V[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-
-
-def filtered_probabilities(logits_SV: Tensor, sampling: Sequence[SamplingParams]) -> Tensor:
-    """Probabilities after temperature, top-k, top-p and min-p; zero for what they exclude, not renormalised."""
-    temperatures_S1 = torch.tensor([[s.temperature] for s in sampling])
-    # Shifted first, so that a tiny temperature overflows to minus infinity and never to infinity.
-    scaled_SV = (logits_SV - logits_SV.amax(-1, keepdim=True)) / temperatures_S1
-    probabilities_SV = scaled_SV.softmax(-1)
-    for row, s in zip(probabilities_SV, sampling, strict=True):
-        if 0 < s.top_k < len(row):
-            row[row < row.topk(s.top_k).values[-1]] = 0
-        if s.top_p < 1:
-            row[row < _nucleus_floor(row, s.top_p)] = 0
-        if s.min_p > 0:
-            row[row < s.min_p * row.max()] = 0
-    return probabilities_SV
-
-
-def _nucleus_floor(probabilities_V: Tensor, top_p: float) -> Tensor:
-    """Probability of the last token of the nucleus; tokens as likely as it belong to it too."""
-    wanted = top_p * probabilities_V.sum()
-    for count in (min(_NUCLEUS_CANDIDATES, len(probabilities_V)), len(probabilities_V)):
-        likeliest = probabilities_V.topk(count).values
-        cumulative = likeliest.cumsum(0)
-        if cumulative[-1] >= wanted:
-            break
-    return likeliest[min(int(torch.searchsorted(cumulative, wanted)), count - 1)]
 
 
 def score(logits_V: Tensor, token_id: int, num_top: int) -> TokenLogprob:

@@ -6,19 +6,23 @@ next token. Prefill, decode and recomputation after a preemption are all this on
 token to go come first, so a long prompt, computed in chunks with what is left of the token budget, never holds
 up those who are generating (chunked prefill; Agrawal et al., 2023, Sarathi).
 
-Pure Python: no tensor, no I/O; time is only noted, nothing is decided by it.
+When every sequence of a step has but one token to go, drafts may be added to it (see `speculation`). They take
+what budget and blocks are left, and only those that prove right ever count as known.
+
+No tensor, no I/O; time is only noted. What steps took decides how much is drafted, never which tokens come.
 """
 
 import random
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from localmoe.core.errors import OverloadedError
 from localmoe.core.plans import BatchPlan, SequenceStep, StepResult
 from localmoe.core.request import FinishReason, Request, RequestFailed, TokenChunk, TokenLogprob, Usage
 from localmoe.engine.block_pool import ROOT, BlockPool, block_name
 from localmoe.engine.config import EngineConfig
+from localmoe.engine.speculation import MAX_STEP_TOKENS, PromptLookup, SpeculationController
 
 
 class _Sequence:
@@ -39,6 +43,10 @@ class _Sequence:
         self.num_published = 0
         """Leading blocks that others can find."""
         self.prompt_logprobs: list[TokenLogprob] = []
+        self.lookup: PromptLookup | None = None
+        """Made when first asked for a draft."""
+        self.speculates = True
+        """Until a step with a draft had no result."""
         self.sent_any = False
         self.arrived_s = time.monotonic()
         self.scheduled_s: float | None = None
@@ -64,6 +72,15 @@ class _Sequence:
         split = len(self.prompt_ids)
         return self.prompt_ids[start:end] + self.output_ids[max(start - split, 0) : max(end - split, 0)]
 
+    def draft(self) -> tuple[float, list[int]]:
+        """A guess at the tokens to come, none of which would end the sequence, and the chance of each of them."""
+        sampling, self.lookup = self.request.sampling, self.lookup or PromptLookup()
+        self.lookup.extend(self.tokens(self.lookup.num_tokens, self.num_known))
+        # A token is drawn after the last draft too. And whatever followed a stop token would be for nothing.
+        guess = self.lookup.propose()[: sampling.max_tokens - len(self.output_ids) - 1]
+        stops = (i for i, token_id in enumerate(guess) if token_id in sampling.stop_token_ids)
+        return self.lookup.probability, guess[: next(stops, None)] if self.speculates else []
+
     def usage(self) -> Usage:
         assert self.scheduled_s is not None
         assert self.first_token_s is not None
@@ -86,11 +103,13 @@ class Scheduler:
     Args:
         config: limits of a step and of the queue.
         pool: the cache's blocks; the scheduler is their only user.
+        speculation: says how much to draft.
     """
 
-    def __init__(self, config: EngineConfig, pool: BlockPool) -> None:
+    def __init__(self, config: EngineConfig, pool: BlockPool, speculation: SpeculationController) -> None:
         self._config = config
         self._pool = pool
+        self._speculation = speculation
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
         self._by_request: dict[str, _Sequence] = {}
@@ -98,6 +117,8 @@ class Scheduler:
         self.prefix_queries_tokens = 0
         self.prefix_hits_tokens = 0
         self.num_preemptions = 0
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
 
     @property
     def num_running(self) -> int:
@@ -151,6 +172,7 @@ class Scheduler:
             self._running.append(sequence)
             steps[sequence.id] = self._step(sequence, count)
             budget -= count
+        self._add_drafts(steps)
         return BatchPlan(sequences=tuple(steps.values())) if steps else None
 
     def update(self, plan: BatchPlan, results: Mapping[int, StepResult]) -> list[TokenChunk | RequestFailed]:
@@ -164,10 +186,18 @@ class Scheduler:
                 self._remove(sequence)
                 outputs.append(RequestFailed(request_id=sequence.request.id, message=result.fault))
                 continue
-            sequence.num_computed += len(step.token_ids)
+            if step.num_drafts and not result.token_ids:
+                sequence.speculates = False
+                continue
+            is_due = sequence.num_to_compute == len(step.token_ids) - step.num_drafts
+            num_accepted = len(result.token_ids) - 1 if step.num_drafts else 0
+            self.num_draft_tokens += step.num_drafts
+            self.num_accepted_tokens += num_accepted
+            sequence.num_computed += len(step.token_ids) - step.num_drafts + num_accepted
             sequence.prompt_logprobs += result.prompt_logprobs
+            sequence.output_ids += result.token_ids
             self._publish_full_blocks(sequence)
-            if sequence.num_to_compute == 0:
+            if is_due:
                 outputs.append(self._advance(sequence, result))
         return outputs
 
@@ -176,14 +206,11 @@ class Scheduler:
         return self.update(plan, {step.sequence_id: StepResult(fault=message) for step in plan.sequences})
 
     def _advance(self, sequence: _Sequence, result: StepResult) -> TokenChunk:
-        """All known tokens are computed: append the drawn one, and see whether it is the last."""
-        sampling = sequence.request.sampling
-        token_id, finish = result.token_id, None
+        """All known tokens were computed, and more drawn: see whether the sequence ends."""
+        sampling, finish = sequence.request.sampling, None
         sequence.first_token_s = sequence.first_token_s or time.monotonic()
-        if token_id is not None:
-            sequence.output_ids.append(token_id)
-            if token_id in sampling.stop_token_ids:
-                finish = FinishReason.STOP
+        if result.token_ids and result.token_ids[-1] in sampling.stop_token_ids:
+            finish = FinishReason.STOP
         if finish is None and len(sequence.output_ids) >= sampling.max_tokens:
             finish = FinishReason.LENGTH
         scores = sequence.prompt_logprobs if sequence.scores_prompt else None
@@ -193,18 +220,38 @@ class Scheduler:
             self._remove(sequence)
         return TokenChunk(
             request_id=sequence.request.id,
-            token_ids=[] if token_id is None else [token_id],
-            logprobs=[] if result.logprob is None else [result.logprob],
+            token_ids=list(result.token_ids),
+            logprobs=list(result.logprobs),
             prompt_logprobs=scores,
             finish_reason=finish,
             usage=sequence.usage() if says_usage else None,
         )
 
-    def _step(self, sequence: _Sequence, count: int) -> SequenceStep:
+    def _add_drafts(self, steps: dict[int, SequenceStep]) -> None:
+        """Let the steps of a batch that only decodes try drafts, where that pays. Preempts nobody for it."""
+        limit = min(self._config.max_num_batched_tokens, MAX_STEP_TOKENS)
+        decodes = all(s.samples and len(s.token_ids) == 1 and not s.scores_prompt for s in steps.values())
+        if not self._config.speculation or not decodes or len(steps) >= limit:
+            return
+        sequences = [sequence for sequence in self._running if sequence.id in steps]
+        drafts = [sequence.draft() for sequence in sequences]
+        counts = self._speculation.choose([(chance, len(draft)) for chance, draft in drafts], limit)
+        for sequence, (_, draft), count in zip(sequences, drafts, counts, strict=True):
+            needed = max(0, self._num_blocks(sequence.num_known + count) - len(sequence.blocks))
+            if needed + self.num_running > self._pool.num_free:
+                # The others' next tokens come first: it gets no more than what fits into the blocks it has.
+                needed = 0
+                count = min(count, len(sequence.blocks) * self._config.block_tokens - sequence.num_known)
+            sequence.blocks += self._pool.allocate(needed)
+            if count > 0:
+                steps[sequence.id] = self._step(sequence, 1, draft[:count])
+
+    def _step(self, sequence: _Sequence, count: int, draft: Sequence[int] = ()) -> SequenceStep:
         start, sampling = sequence.num_computed, sequence.request.sampling
         return SequenceStep(
             sequence_id=sequence.id,
-            token_ids=tuple(sequence.tokens(start, start + count)),
+            token_ids=(*sequence.tokens(start, start + count), *draft),
+            num_drafts=len(draft),
             start=start,
             block_table=tuple(sequence.blocks),
             samples=count == sequence.num_to_compute and sampling.max_tokens > 0,
@@ -238,7 +285,7 @@ class Scheduler:
 
     def _make_room(self, sequence: _Sequence, count: int, steps: dict[int, SequenceStep]) -> bool:
         """Give a running sequence the blocks for `count` more tokens, preempting the youngest if need be."""
-        needed = self._num_blocks(sequence.num_computed + count) - len(sequence.blocks)
+        needed = max(0, self._num_blocks(sequence.num_computed + count) - len(sequence.blocks))
         while needed > self._pool.num_free:
             youngest = self._running[-1]
             self._preempt(youngest)

@@ -8,8 +8,8 @@ import torch
 from localmoe.core.errors import CheckpointError
 from localmoe.core.model import ExpertId, ModelShape, TensorNames, WeightFormat
 from localmoe.formats.checkpoint import Checkpoint
-from localmoe.formats.store import StoreWriter
 from localmoe.formats.store_layout import dense_shapes
+from localmoe.formats.store_writer import StoreWriter
 
 _TIED_HEAD = "lm_head.weight"
 """Some writers repeat the embedding under this name."""
@@ -34,7 +34,7 @@ def write_store(
     Raises:
         CheckpointError: a tensor is missing, is none of the architecture's, has another shape than the model's, is
             not of 16- or 32-bit floats, or holds NaN or infinite values.
-        StoreError: no store can have this shape in this format, as when FP4 blocks do not divide the columns.
+        StoreError: no store can have this shape in this format, as when its columns are not whole blocks.
         ModelBuildError: writing failed; nothing half-made is left at `path`.
     """
     writer = StoreWriter(path, shape=shape, weights=weights, source=checkpoint.source)

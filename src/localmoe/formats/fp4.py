@@ -15,12 +15,12 @@ Rounding is to the nearest E2M1 value, ties to the even code, larger magnitudes 
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from localmoe.core.errors import CheckpointError
+from localmoe.formats.blocks import check_finite, check_values, row_chunks
 
 MXFP4_BLOCK_SIZE = 32
 NVFP4_BLOCK_SIZE = 16
@@ -32,9 +32,6 @@ _E4M3_MAX = 448.0
 _MIN_NORMAL = torch.finfo(torch.float32).tiny
 _ROUNDER = 2.0**23
 """Float32 numbers from here to twice this are the integers: a sum that lands there is rounded, ties to even."""
-_CHUNK_ELEMENTS = (1 << 15) - 1
-"""Elements worked on at once: scratch stays in the cache, and torch keeps an operation of fewer than 2^15 elements
-on one thread. Thousands of operations that each wait for all threads take minutes when the machine is busy."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,13 +104,13 @@ def quantize_mxfp4(values_RC: torch.Tensor) -> Mxfp4Matrix:
     Raises:
         CheckpointError: not a float matrix, a column count that 32 does not divide, or NaN or infinite values.
     """
-    rows, columns = _check_values(values_RC, MXFP4_BLOCK_SIZE)
+    rows, columns = check_values(values_RC, MXFP4_BLOCK_SIZE, "FP4")
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
     scales = torch.empty(rows, columns // MXFP4_BLOCK_SIZE, dtype=torch.uint8)
-    for chunk in _row_chunks(rows, columns):
+    for chunk in row_chunks(rows, columns):
         blocks = values_RC[chunk].contiguous().float().view(-1, columns // MXFP4_BLOCK_SIZE, MXFP4_BLOCK_SIZE)
         amax = blocks.abs().amax(dim=-1)
-        _check_finite(amax)
+        check_finite(amax, "FP4")
         # A float32's biased exponent is floor(log2) + 127: two less is the byte. Subnormals and zero clamp to 0.
         bytes_int = ((amax.view(torch.int32) >> 23) - 2).clamp_(min=0)
         reciprocals = ((254 - bytes_int) << 23).view(torch.float32)
@@ -132,15 +129,15 @@ def quantize_nvfp4(values_RC: torch.Tensor) -> Nvfp4Matrix:
     Raises:
         CheckpointError: not a float matrix, a column count that 16 does not divide, or NaN or infinite values.
     """
-    rows, columns = _check_values(values_RC, NVFP4_BLOCK_SIZE)
+    rows, columns = check_values(values_RC, NVFP4_BLOCK_SIZE, "FP4")
     matrix_amax = (
-        torch.stack([values_RC[chunk].abs().amax() for chunk in _row_chunks(rows, columns)]).amax().float()
+        torch.stack([values_RC[chunk].abs().amax() for chunk in row_chunks(rows, columns)]).amax().float()
     )
-    _check_finite(matrix_amax)
+    check_finite(matrix_amax, "FP4")
     tensor_scale = (matrix_amax / (_E2M1_MAX * _E4M3_MAX)).clamp_(min=_MIN_NORMAL)
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
     scales = torch.empty(rows, columns // NVFP4_BLOCK_SIZE, dtype=torch.uint8)
-    for chunk in _row_chunks(rows, columns):
+    for chunk in row_chunks(rows, columns):
         blocks = values_RC[chunk].contiguous().float().view(-1, columns // NVFP4_BLOCK_SIZE, NVFP4_BLOCK_SIZE)
         wanted = blocks.abs().amax(dim=-1).div_(_E2M1_MAX).div_(tensor_scale)
         block_scales = wanted.clamp_(max=_E4M3_MAX).to(torch.float8_e4m3fn)
@@ -184,40 +181,18 @@ def _dequantize(
     nibbles = unpack_codes(torch.arange(256, dtype=torch.uint8).view(256, 1)).int()
     pairs = torch.tensor(E2M1_VALUES)[nibbles].view(-1)
     table = torch.empty(256, 512, dtype=dtype)
-    for chunk in _row_chunks(256, 512):
+    for chunk in row_chunks(256, 512):
         table[chunk] = scale_values[chunk, None] * pairs * tensor_scale
     # Two values travel as one integer, since a gather of single words is several times faster than one of rows.
     words = table.view(-1).view(torch.int64 if dtype == torch.float32 else torch.int32)
     rows, num_blocks = scales.shape
     row_bytes = codes.shape[1]
     out = torch.empty(rows, row_bytes, dtype=words.dtype)
-    for chunk in _row_chunks(rows, row_bytes):
+    for chunk in row_chunks(rows, row_bytes):
         bases = scales[chunk].to(torch.int32)[..., None] << 8
         index = bases + codes[chunk].reshape(-1, num_blocks, row_bytes // num_blocks)
         torch.index_select(words, 0, index.view(-1), out=out[chunk].view(-1))
     return out.view(dtype)
-
-
-def _row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, _CHUNK_ELEMENTS // columns)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-def _check_values(values_RC: torch.Tensor, block_size: int) -> tuple[int, int]:
-    if values_RC.dim() != 2 or not values_RC.is_floating_point() or values_RC.numel() == 0:
-        raise CheckpointError(
-            f"FP4 needs a matrix of floats, this is {values_RC.dtype} of shape {tuple(values_RC.shape)}"
-        )
-    rows, columns = values_RC.shape
-    if columns % block_size:
-        raise CheckpointError(f"{columns} columns do not divide into FP4 blocks of {block_size}")
-    return rows, columns
-
-
-def _check_finite(amax: torch.Tensor) -> None:
-    # NaN and infinity survive the maximum, so looking at the maxima looks at every value.
-    if not torch.isfinite(amax).all():
-        raise CheckpointError("NaN or infinite values cannot be quantised to FP4")
 
 
 def _check_parts(codes: torch.Tensor, scales: torch.Tensor, block_size: int) -> None:

@@ -17,8 +17,13 @@ import numpy as np
 import torch
 from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
 
 from localmoe.core.errors import CheckpointError
+from localmoe.formats.blocks import row_chunks
+from localmoe.formats.fp4 import Mxfp4Matrix
+from localmoe.formats.int8 import Int8Matrix
+from localmoe.formats.packed import PackedMatrix, pack_int8, pack_mxfp4
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -91,15 +96,8 @@ class GGUFFile:
         Raises:
             CheckpointError: no such tensor, a quantisation that cannot be decoded, or the file has shrunk.
         """
-        tensor = self.tensors.get(name)
-        if tensor is None:
-            raise CheckpointError(f"{self.path}: has no tensor {name!r}")
-        try:
-            raw = np.fromfile(self.path, np.uint8, tensor.num_bytes, offset=tensor.offset_bytes)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
-        if raw.nbytes != tensor.num_bytes:
-            raise CheckpointError(f"{self.path}: became shorter while it was read: {name!r} is cut off")
+        tensor = self._tensor(name)
+        raw = self._raw(tensor, tensor.offset_bytes, tensor.num_bytes)
         try:
             with np.errstate(all="ignore"):
                 values = quants.dequantize(raw.reshape(*tensor.shape[:-1], -1), tensor.quantization)
@@ -108,6 +106,73 @@ class GGUFFile:
                 f"{self.path}: {name!r} is stored as {tensor.quantization.name}, which cannot be dequantised"
             ) from error
         return torch.from_numpy(np.ascontiguousarray(values, np.float32).reshape(tensor.shape))
+
+    def read_packed(self, name: str, index: int | None = None) -> PackedMatrix:
+        """One matrix as it is stored, bit for bit: MXFP4 as MXFP4, Q8_0 as INT8.
+
+        Args:
+            index: which matrix of a stack [E, R, C]; only that one is read. None for a tensor [R, C].
+
+        Raises:
+            CheckpointError: no such tensor or matrix, another quantisation, or the file has shrunk.
+        """
+        tensor = self._tensor(name)
+        if tensor.quantization not in _MATRIX_OF_BLOCKS:
+            raise CheckpointError(
+                f"{self.path}: {name!r} is stored as {tensor.quantization.name}, which is not taken over as it is"
+            )
+        shape = tensor.shape
+        fits = len(shape) == 2 if index is None else len(shape) == 3 and 0 <= index < shape[0]
+        if not fits:
+            raise CheckpointError(f"{self.path}: {name!r} of shape {shape} has no matrix at index {index}")
+        rows, columns = shape[-2:]
+        block_values, block_bytes = GGML_QUANT_SIZES[tensor.quantization]
+        num_blocks = columns // block_values
+        num_bytes = rows * num_blocks * block_bytes
+        raw = self._raw(tensor, tensor.offset_bytes + (index or 0) * num_bytes, num_bytes)
+        return _MATRIX_OF_BLOCKS[tensor.quantization](torch.from_numpy(raw).view(rows, num_blocks, block_bytes))
+
+    def _tensor(self, name: str) -> GGUFTensor:
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path}: has no tensor {name!r}")
+        return self.tensors[name]
+
+    def _raw(self, tensor: GGUFTensor, offset_bytes: int, num_bytes: int) -> NDArray[np.uint8]:
+        try:
+            raw = np.fromfile(self.path, np.uint8, num_bytes, offset=offset_bytes)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+        if raw.nbytes != num_bytes:
+            raise CheckpointError(f"{self.path}: became shorter while it was read: {tensor.name!r} is cut off")
+        return raw
+
+
+def _mxfp4(blocks: torch.Tensor) -> PackedMatrix:
+    """Blocks [R, B, 17]: an E8M0 byte, then byte i with element i in its low, element 16 + i in its high nibble."""
+    rows, num_blocks, _ = blocks.shape
+    codes = torch.empty(rows, num_blocks, 2, 8, dtype=torch.uint8)
+    for chunk in row_chunks(rows, num_blocks * 16):
+        # A word holds elements i, 16 + i, i + 1, 17 + i from its lowest nibble on.
+        words = blocks[chunk, :, 1:].contiguous().view(torch.int16)
+        codes[chunk, :, 0] = ((words & 0x0F) | ((words >> 4) & 0xF0)).to(torch.uint8)
+        codes[chunk, :, 1] = (((words >> 4) & 0x0F) | ((words >> 8) & 0xF0)).to(torch.uint8)
+    return pack_mxfp4(Mxfp4Matrix(codes=codes.view(rows, -1), scales=blocks[:, :, 0]))
+
+
+def _int8(blocks: torch.Tensor) -> PackedMatrix:
+    """Blocks [R, B, 34]: a float16 scale, then 32 int8."""
+    rows, num_blocks, _ = blocks.shape
+    codes = torch.empty(rows, num_blocks, 32, dtype=torch.uint8)
+    for chunk in row_chunks(rows, num_blocks * 32):
+        codes[chunk] = blocks[chunk, :, 2:]
+    scales = blocks[:, :, :2].contiguous().view(torch.float16).view(rows, num_blocks)
+    return pack_int8(Int8Matrix(codes=codes.view(rows, -1).view(torch.int8), scales=scales))
+
+
+_MATRIX_OF_BLOCKS: dict[GGMLQuantizationType, Callable[[torch.Tensor], PackedMatrix]] = {
+    GGMLQuantizationType.MXFP4: _mxfp4,
+    GGMLQuantizationType.Q8_0: _int8,
+}
 
 
 class _Cursor:

@@ -1,79 +1,61 @@
 """The expert store: a whole model in one read-only file, each expert in one contiguous, checked blob.
 
-`store_layout` says what lies where. `StoreWriter` makes such a file or none at all; `Store` reads it and believes
-nothing in it that shape, format and checksums do not confirm.
+`store_layout` says what lies where, `store_writer` makes such files. `Store` maps it into memory and
+believes nothing in it that shape, format and checksums do not confirm.
 
-A writer works on `NAME.<16 hex digits>.partial` beside its goal and holds a lock (flock) on it until it is renamed
-or removed. The system drops the lock of a killed process, so a partial file that can be locked is abandoned, and
-the next writer of the same path removes it.
+Weights are views of the mapping: nothing is copied, processes share the pages, and the system may drop and reread
+them. The mapping is private, so that even a stray write to a tensor would not reach the file. A tensor keeps the
+whole mapping alive, after `Store.close`, too. Disk errors and a file cut short are found, as a StoreError, when an
+extent is first checked; from then on touching a page that the disk cannot give any more, or that has been cut off
+the file, ends the process with SIGBUS. Replacing a store by renaming, as the writer does, is harmless.
 """
 
-import fcntl
+import ctypes
+import errno
+import mmap
 import os
-import re
-import secrets
 import stat
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
-import msgspec
 import torch
 import xxhash
 
-from localmoe.core.errors import CheckpointError, ChecksumError, ModelBuildError, StoreError
-from localmoe.core.model import ExpertId, ModelShape, WeightFormat
-from localmoe.formats.fp4 import Mxfp4Matrix, Nvfp4Matrix, quantize_mxfp4, quantize_nvfp4
+from localmoe.core.errors import ChecksumError, StoreError
+from localmoe.core.model import ExpertId
+from localmoe.formats.packed import PackedMatrix
 from localmoe.formats.store_layout import (
     PREAMBLE_BYTES,
     DenseEntry,
     ExpertEntry,
-    Extent,
     MatrixLayout,
     StoreHeader,
     blob_layout,
-    check_shape,
-    data_start,
-    dense_dtype,
-    encode_header,
+    dense_layout,
     header_length,
     parse_header,
-    plan_header,
 )
 
 _VERIFY_CHUNK_BYTES = 8 << 20
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PlainMatrix:
-    """A matrix that is not quantised."""
-
-    values: torch.Tensor
-    """bfloat16 or float32 [R, C]."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.values.shape[0], self.values.shape[1]
-
-    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.values.to(dtype)
-
-
-Matrix = Mxfp4Matrix | Nvfp4Matrix | PlainMatrix
+_MAP_NORESERVE = 0x4000
+"""Lets a file larger than memory be mapped privately; named by Python's mmap from 3.13 on."""
+_MADV_POPULATE_READ = 22
+"""Linux 5.14 and later; not named by Python's mmap."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExpertWeights:
-    """One expert's matrices as stored; all three are views of one buffer."""
+    """One expert's matrices as stored."""
 
-    gate: Matrix
+    gate: PackedMatrix
     """[F, D]: expert size × hidden size."""
-    up: Matrix
+    up: PackedMatrix
     """[F, D]"""
-    down: Matrix
+    down: PackedMatrix
     """[D, F]"""
 
     def dequantize(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -91,6 +73,8 @@ class Store:
         self.source = header.source
         self.total_bytes = header.file_bytes
         self._file = file
+        self._content: torch.Tensor | None = _map(path, file, header.file_bytes)
+        """The whole file, until it is closed."""
         self._layout = blob_layout(header.shape, header.weights)
         self._dense = {entry.name: entry for entry in header.dense}
         self._experts = {ExpertId(entry.layer, entry.expert): entry for entry in header.experts}
@@ -116,6 +100,8 @@ class Store:
             raise
 
     def close(self) -> None:
+        """Give up the file. What was read stays valid, and keeps the mapping until the last of it is gone."""
+        self._content = None
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -129,22 +115,28 @@ class Store:
         """Our names of the dense tensors, as in `core.model.TensorNames`."""
         return frozenset(self._dense)
 
-    def read_dense(self, name: str) -> torch.Tensor:
-        """One dense tensor: bfloat16, or float32 in an F32 store.
+    def dense_matrix(self, name: str) -> PackedMatrix:
+        """One dense matrix, as stored: a view of the file.
 
         Raises:
-            StoreError: no such tensor, or the file cannot be read any more.
+            StoreError: no such matrix, or the file cannot be read any more.
             ChecksumError: its bytes are damaged.
         """
-        if name not in self._dense:
-            raise StoreError(f"{self.path}: has no dense tensor {name!r}")
-        entry = self._dense[name]
-        num_values = torch.Size(entry.shape).numel()
-        values = self._read_checked(entry).view(dense_dtype(self.weights))
-        return values[:num_values].view(entry.shape)
+        entry = self._dense_entry(name, num_dims=2)
+        return _matrix(self._checked(entry), dense_layout(entry))
+
+    def dense_vector(self, name: str) -> torch.Tensor:
+        """One norm's weights, float32 [n]: a view of the file.
+
+        Raises:
+            StoreError: no such vector, or the file cannot be read any more.
+            ChecksumError: its bytes are damaged.
+        """
+        entry = self._dense_entry(name, num_dims=1)
+        return self._checked(entry).view(torch.float32)[: entry.shape[0]]
 
     def read_expert(self, expert_id: ExpertId) -> ExpertWeights:
-        """One expert, as stored.
+        """One expert, as stored: views of the file.
 
         Raises:
             StoreError: no such expert, or the file cannot be read any more.
@@ -153,12 +145,12 @@ class Store:
         if expert_id not in self._experts:
             raise StoreError(f"{self.path}: has no layer {expert_id.layer} expert {expert_id.expert}")
         entry = self._experts[expert_id]
-        blob = self._read_checked(entry)
+        blob = self._checked(entry)
         gate_scale, up_scale, down_scale = entry.tensor_scales or (1.0, 1.0, 1.0)
         return ExpertWeights(
-            gate=self._matrix(blob, self._layout.gate, gate_scale),
-            up=self._matrix(blob, self._layout.up, up_scale),
-            down=self._matrix(blob, self._layout.down, down_scale),
+            gate=_matrix(blob, self._layout.gate, gate_scale),
+            up=_matrix(blob, self._layout.up, up_scale),
+            down=_matrix(blob, self._layout.down, down_scale),
         )
 
     def verify(self, on_progress: Callable[[int, int], None]) -> None:
@@ -171,7 +163,7 @@ class Store:
             ChecksumError: names every damaged piece.
             StoreError: the file cannot be read any more.
         """
-        entries: list[DenseEntry | ExpertEntry] = [*self._dense.values(), *self._experts.values()]
+        entries = self._entries
         total_bytes = sum(entry.num_bytes for entry in entries)
         done_bytes = 0
         damages = []
@@ -179,7 +171,7 @@ class Store:
             digest = xxhash.xxh3_64()
             for start in range(0, entry.num_bytes, _VERIFY_CHUNK_BYTES):
                 num_bytes = min(_VERIFY_CHUNK_BYTES, entry.num_bytes - start)
-                digest.update(_read(self.path, self._file, entry.offset + start, num_bytes).numpy().data)
+                digest.update(self._present(entry.offset + start, num_bytes).numpy().data)
                 done_bytes += num_bytes
                 on_progress(done_bytes, total_bytes)
             if digest.hexdigest() != entry.xxh3:
@@ -187,171 +179,66 @@ class Store:
         if damages:
             raise ChecksumError(f"{self.path}: {'; '.join(damages)}")
 
-    def _matrix(self, blob: torch.Tensor, layout: MatrixLayout, tensor_scale: float) -> Matrix:
-        values = blob[layout.values]
-        if self.weights in (WeightFormat.BF16, WeightFormat.F32):
-            return PlainMatrix(values=values.view(dense_dtype(self.weights)).view(layout.rows, layout.columns))
-        codes = values.view(layout.rows, -1)
-        scales = blob[layout.scales].view(layout.rows, -1)
-        if self.weights is WeightFormat.MXFP4:
-            return Mxfp4Matrix(codes=codes, scales=scales)
-        return Nvfp4Matrix(codes=codes, scales=scales, tensor_scale=tensor_scale)
+    def check(self, num_threads: int) -> None:
+        """Bring every extent that has not been read yet into memory and check it, at the speed of memory or disk.
 
-    def _read_checked(self, entry: DenseEntry | ExpertEntry) -> torch.Tensor:
-        extent = _read(self.path, self._file, entry.offset, entry.num_bytes)
+        Raises:
+            ChecksumError: names every damaged piece.
+            StoreError: the file cannot be read any more.
+        """
+        pending = [entry for entry in self._entries if entry.offset not in self._verified_offsets]
+        with ThreadPoolExecutor(num_threads) as pool:
+            damages = [damage for damage in pool.map(self._find_damage, pending) if damage]
+        if damages:
+            raise ChecksumError(f"{self.path}: {'; '.join(damages)}")
+
+    @property
+    def _entries(self) -> list[DenseEntry | ExpertEntry]:
+        return [*self._dense.values(), *self._experts.values()]
+
+    def _dense_entry(self, name: str, *, num_dims: int) -> DenseEntry:
+        entry = self._dense.get(name)
+        if entry is None or len(entry.shape) != num_dims:
+            raise StoreError(f"{self.path}: has no dense {'matrix' if num_dims == 2 else 'vector'} {name!r}")
+        return entry
+
+    def _checked(self, entry: DenseEntry | ExpertEntry) -> torch.Tensor:
+        """The bytes of an extent, which is checked if it has not been."""
         # Two threads may both check an extent's first read; that costs time only.
-        if entry.offset not in self._verified_offsets:
-            found = xxhash.xxh3_64_hexdigest(extent.numpy().data)
-            if found != entry.xxh3:
-                raise ChecksumError(f"{self.path}: {_damage(entry, found)}")
-            self._verified_offsets.add(entry.offset)
-        return extent
+        if entry.offset not in self._verified_offsets and (damage := self._find_damage(entry)):
+            raise ChecksumError(f"{self.path}: {damage}")
+        return self._bytes(entry.offset, entry.num_bytes)
 
+    def _find_damage(self, entry: DenseEntry | ExpertEntry) -> str | None:
+        # Large buffers are hashed, and pages made present, without Python's global lock: threads run side by side.
+        found = xxhash.xxh3_64_hexdigest(self._present(entry.offset, entry.num_bytes).numpy().data)
+        if found != entry.xxh3:
+            return _damage(entry, found)
+        self._verified_offsets.add(entry.offset)
+        return None
 
-class StoreWriter:
-    """Writes a store in any order of its pieces; the file appears under its name only when it is complete.
+    def _bytes(self, offset: int, num_bytes: int) -> torch.Tensor:
+        if self._content is None:
+            raise StoreError(f"{self.path}: is closed")
+        return self._content[offset : offset + num_bytes]
 
-        with StoreWriter(path, shape=shape, weights=weights, source="...") as writer:
-            writer.write_dense("embed", tensor)
-            writer.write_expert(ExpertId(0, 0), gate_FD, up_FD, down_DF)
-
-    Leaving the block without an error completes the file, with an error removes it. A store that was at `path`
-    before stays until then, and those who have it open keep it.
-
-    Raises:
-        StoreError: no store can have this shape in this format.
-        ModelBuildError: a write failed (disk full, no permission), or a piece is missing at the end.
-    """
-
-    def __init__(self, path: Path, *, shape: ModelShape, weights: WeightFormat, source: str) -> None:
-        check_shape(path, shape, weights)
-        self._path = path
-        self._weights = weights
-        # A name that came from the file system need not be valid Unicode; the header must be.
-        self._header = plan_header(shape, weights, source.encode(errors="replace").decode())
-        self._layout = blob_layout(shape, weights)
-        self._dense = {entry.name: entry for entry in self._header.dense}
-        self._experts = {ExpertId(entry.layer, entry.expert): entry for entry in self._header.experts}
-        self._missing_offsets = {extent.offset for extent in self._header.extents}
-        self.total_bytes = self._header.file_bytes - data_start(self._header)
-        """What `written_bytes` will be at the end."""
-        self.written_bytes = 0
-
-    def __enter__(self) -> Self:
-        try:
-            _remove_abandoned(self._path)
-            self._partial, self._fd = _create_partial(self._path)
-        except OSError as error:
-            raise self._write_error(error) from error
-        try:
-            # Takes the room now, so that a disk too small is known before hours of work.
-            os.posix_fallocate(self._fd, 0, self._header.file_bytes)
-        except BaseException as error:
-            self._discard()
-            if isinstance(error, OSError):
-                raise self._write_error(error) from error
-            raise
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            if exc_type is None:
-                self._complete()
-        finally:
-            self._discard()
-
-    def write_dense(self, name: str, tensor: torch.Tensor) -> None:
-        """Convert a dense tensor to the store's dense type and write it.
+    def _present(self, offset: int, num_bytes: int) -> torch.Tensor:
+        """Bytes of the file that can be touched: read from disk if need be.
 
         Raises:
-            CheckpointError: NaN or infinite values.
-            ModelBuildError: the write failed.
+            StoreError: the file has shrunk, or the disk fails.
         """
-        entry = self._dense[name]
-        assert tuple(tensor.shape) == entry.shape
-        values = _finite(tensor.to(dense_dtype(self._weights)))
-        extent = torch.zeros(entry.num_bytes, dtype=torch.uint8)
-        extent[: values.nbytes] = values.reshape(-1).view(torch.uint8)
-        self._dense[name] = msgspec.structs.replace(entry, xxh3=self._write_extent(entry, extent))
-
-    def write_expert(
-        self, expert_id: ExpertId, gate_FD: torch.Tensor, up_FD: torch.Tensor, down_DF: torch.Tensor
-    ) -> None:
-        """Quantise an expert and write it.
-
-        Raises:
-            CheckpointError: NaN or infinite values.
-            ModelBuildError: the write failed.
-        """
-        entry = self._experts[expert_id]
-        extent = torch.zeros(entry.num_bytes, dtype=torch.uint8)
-        tensor_scales = (
-            self._encode_matrix(gate_FD, self._layout.gate, extent),
-            self._encode_matrix(up_FD, self._layout.up, extent),
-            self._encode_matrix(down_DF, self._layout.down, extent),
-        )
-        self._experts[expert_id] = msgspec.structs.replace(
-            entry,
-            xxh3=self._write_extent(entry, extent),
-            tensor_scales=tensor_scales if self._weights is WeightFormat.NVFP4 else None,
-        )
-
-    def _encode_matrix(self, values_RC: torch.Tensor, layout: MatrixLayout, extent: torch.Tensor) -> float:
-        """Put a matrix into its blob; the result is its tensor scale, 1.0 where the format has none."""
-        assert values_RC.shape == (layout.rows, layout.columns)
-        if self._weights is WeightFormat.NVFP4:
-            nvfp4 = quantize_nvfp4(values_RC)
-            extent[layout.values] = nvfp4.codes.view(-1)
-            extent[layout.scales] = nvfp4.scales.view(-1)
-            return nvfp4.tensor_scale
-        if self._weights is WeightFormat.MXFP4:
-            mxfp4 = quantize_mxfp4(values_RC)
-            extent[layout.values] = mxfp4.codes.view(-1)
-            extent[layout.scales] = mxfp4.scales.view(-1)
-        else:
-            extent[layout.values] = _finite(values_RC.to(dense_dtype(self._weights))).reshape(-1).view(torch.uint8)
-        return 1.0
-
-    def _write_extent(self, place: Extent, content: torch.Tensor) -> str:
-        """Write a piece; the result is its checksum."""
-        view = content.numpy().data
+        content = self._bytes(offset, num_bytes)
         try:
-            _write_all(self._fd, view, place.offset)
+            file_bytes = os.fstat(self._file.fileno()).st_size
+            if file_bytes < self.total_bytes:
+                raise StoreError(f"{self.path}: ends at byte {file_bytes}; the file has shrunk")
+            # Asks for all of it at once; page faults would ask for little at a time.
+            os.posix_fadvise(self._file.fileno(), offset, num_bytes, os.POSIX_FADV_WILLNEED)
+            _populate(content)
         except OSError as error:
-            raise self._write_error(error) from error
-        self._missing_offsets.discard(place.offset)
-        self.written_bytes += place.num_bytes
-        return xxhash.xxh3_64_hexdigest(view)
-
-    def _complete(self) -> None:
-        if self._missing_offsets:
-            raise ModelBuildError(
-                f"{self._path}: {len(self._missing_offsets)} tensors or experts were not written"
-            )
-        header = msgspec.structs.replace(
-            self._header, dense=list(self._dense.values()), experts=list(self._experts.values())
-        )
-        try:
-            _write_all(self._fd, memoryview(encode_header(header)), 0)
-            os.fsync(self._fd)
-            os.rename(self._partial, self._path)
-            directory_fd = os.open(self._path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory_fd)
-            finally:
-                os.close(directory_fd)
-        except OSError as error:
-            raise self._write_error(error) from error
-
-    def _discard(self) -> None:
-        """Remove the partial file; there is none any more once it has been renamed."""
-        os.close(self._fd)
-        self._partial.unlink(missing_ok=True)
-
-    def _write_error(self, error: OSError) -> ModelBuildError:
-        return ModelBuildError(f"{self._path}: writing the expert store failed: {error.strerror}")
+            raise StoreError(f"{self.path}: reading at byte {offset} failed: {error.strerror}") from error
+        return content
 
 
 def _read_header(path: Path, file: FileIO) -> StoreHeader:
@@ -361,25 +248,65 @@ def _read_header(path: Path, file: FileIO) -> StoreHeader:
         raise StoreError(f"{path}: cannot be opened: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode) or status.st_size < PREAMBLE_BYTES:
         raise StoreError(f"{path}: is not an expert store, or is cut off in its first bytes")
-    preamble = _read(path, file, 0, PREAMBLE_BYTES).numpy().tobytes()
-    encoded = _read(path, file, PREAMBLE_BYTES, header_length(path, preamble, status.st_size)).numpy().tobytes()
+    preamble = _read(path, file, 0, PREAMBLE_BYTES)
+    encoded = _read(path, file, PREAMBLE_BYTES, header_length(path, preamble, status.st_size))
     return parse_header(path, preamble, encoded, status.st_size)
 
 
-def _read(path: Path, file: FileIO, offset: int, num_bytes: int) -> torch.Tensor:
-    """Bytes of the file as a new uint8 tensor."""
-    buffer = torch.empty(num_bytes, dtype=torch.uint8)
-    view = buffer.numpy().data
+def _read(path: Path, file: FileIO, offset: int, num_bytes: int) -> bytes:
+    buffer = bytearray(num_bytes)
+    view = memoryview(buffer)
     done_bytes = 0
     while done_bytes < num_bytes:
         try:
             step_bytes = os.preadv(file.fileno(), [view[done_bytes:]], offset + done_bytes)
-        except (OSError, ValueError) as error:  # ValueError: the store was closed
-            raise StoreError(f"{path}: reading at byte {offset + done_bytes} failed: {error}") from error
+        except OSError as error:
+            raise StoreError(f"{path}: reading at byte {offset + done_bytes} failed: {error.strerror}") from error
         if step_bytes == 0:
             raise StoreError(f"{path}: ends at byte {offset + done_bytes}; the file has shrunk")
         done_bytes += step_bytes
-    return buffer
+    return bytes(buffer)
+
+
+def _map(path: Path, file: FileIO, num_bytes: int) -> torch.Tensor:
+    """The file's bytes as a uint8 tensor. It owns the mapping, which is never closed by hand."""
+    try:
+        # Writable, since torch has no read-only tensors; private, so that nothing can be written to the file.
+        mapping = mmap.mmap(
+            file.fileno(),
+            num_bytes,
+            flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+        )
+    except (OSError, ValueError) as error:  # ValueError: the file has shrunk since its header was read
+        raise StoreError(f"{path}: cannot be mapped into memory: {error}") from error
+    return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
+def _populate(content: torch.Tensor) -> None:
+    """Make pages of a mapping present. Where a plain access would be killed by SIGBUS, this raises OSError."""
+    address = content.data_ptr()
+    start = address - address % mmap.PAGESIZE
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    # Through ctypes, since mmap.madvise holds Python's global lock while the disk is read.
+    if madvise(start, address + content.nbytes - start, _MADV_POPULATE_READ):
+        number = ctypes.get_errno()
+        if number == errno.EFAULT:  # stands for what would be a SIGBUS
+            number = errno.EIO
+        if number != errno.EINVAL:  # a kernel that does not know this; pages come as they are touched
+            raise OSError(number, os.strerror(number))
+
+
+def _matrix(extent: torch.Tensor, layout: MatrixLayout, tensor_scale: float = 1.0) -> PackedMatrix:
+    return PackedMatrix(
+        format=layout.format,
+        rows=layout.rows,
+        columns=layout.columns,
+        values=extent[layout.values],
+        scales=extent[layout.scales],
+        tensor_scale=tensor_scale,
+    )
 
 
 def _damage(entry: DenseEntry | ExpertEntry, found: str) -> str:
@@ -388,46 +315,3 @@ def _damage(entry: DenseEntry | ExpertEntry, found: str) -> str:
     else:
         piece = f"layer {entry.layer} expert {entry.expert}"
     return f"{piece} is damaged: XXH3-64 expected {entry.xxh3}, found {found}"
-
-
-def _finite(values: torch.Tensor) -> torch.Tensor:
-    if not torch.isfinite(values).all():
-        raise CheckpointError("NaN or infinite values cannot be stored")
-    return values
-
-
-def _write_all(fd: int, view: memoryview, offset: int) -> None:
-    done_bytes = 0
-    while done_bytes < len(view):
-        done_bytes += os.pwrite(fd, view[done_bytes:], offset + done_bytes)
-
-
-def _create_partial(path: Path) -> tuple[Path, int]:
-    """A new locked file beside `path`, and its descriptor."""
-    while True:
-        partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
-        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        if os.fstat(fd).st_nlink:
-            return partial, fd
-        # Another writer took the file for abandoned before it was locked.
-        os.close(fd)
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove partial files of `path` whose writers are dead."""
-    pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{16}\.partial")
-    for partial in path.parent.iterdir():
-        if not pattern.fullmatch(partial.name):
-            continue
-        try:
-            fd = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue  # its writer has just finished
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            partial.unlink(missing_ok=True)
-        except BlockingIOError:
-            continue  # its writer is alive
-        finally:
-            os.close(fd)

@@ -1,4 +1,4 @@
-"""Layout version 1 of the expert store: what lies where in the file, and whether a header tells the truth.
+"""Layout version 2 of the expert store: what lies where in the file, and whether a header tells the truth.
 
     0    magic          8 bytes, "LMOESTOR"
     8    version        uint64, little-endian like everything here
@@ -8,15 +8,17 @@
     ...  extents        dense tensors, then one blob per (layer, expert), to the end of the file without a gap
 
 An extent begins at a multiple of 4096 and is padded with zeros to one, so that it can be read by direct I/O; its
-checksum, XXH3-64, covers the padding. Thus every byte of the file is checked by something. A dense tensor is
-row-major, BF16, or F32 in an F32 store. A blob holds the gate [F, D], up [F, D] and down [D, F] matrices: their
-values in this order, then, for the FP4 formats, their block scales in this order (`fp4` says how both are packed).
-NVFP4's three float32 tensor scales are in the header.
+checksum, XXH3-64, covers the padding. Thus every byte of the file is checked by something.
+
+Matrices are packed as `packed` says, ready for the CPU kernels. A blob holds the values of gate [F, D], up [F, D] and
+down [D, F], then their scales in the same order; each of these six runs begins at a multiple of 64 bytes. A dense
+matrix's extent holds its values, then its scales from a multiple of 64; a vector's holds float32 numbers. Dense
+matrices are INT8 beside quantised experts, but BF16 where they are routers or 32 does not divide their columns; in
+BF16 and F32 stores they are what the experts are. NVFP4's three float32 tensor scales are in the header.
 
 All sizes follow from shape and format, so a header can be held against them before anything else is read.
 """
 
-import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +29,14 @@ import torch
 import xxhash
 
 from localmoe.core.errors import StoreError
-from localmoe.core.model import ExpertId, ModelShape, WeightFormat
-from localmoe.formats.fp4 import MXFP4_BLOCK_SIZE, NVFP4_BLOCK_SIZE
+from localmoe.core.model import ExpertId, ModelShape, QkNorm, WeightFormat
+from localmoe.formats.packed import COLUMN_MULTIPLE, packed_bytes
 
-LAYOUT_VERSION = 1
-LAYOUT_NAME = "row-major"
+LAYOUT_VERSION = 2
+LAYOUT_NAME = "interleaved-16"
 ALIGNMENT_BYTES = 4096
+RUN_ALIGNMENT_BYTES = 64
+"""A cache line, and the widest vector register."""
 PREAMBLE_BYTES = 32
 MAX_HEADER_BYTES = 64 << 20
 
@@ -74,8 +78,8 @@ class DenseEntry(Extent, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where one dense tensor lies."""
 
     name: str
-    dtype: str
-    """`bf16` or `f32`."""
+    format: WeightFormat
+    """Of a vector, F32: it is not packed."""
     shape: tuple[Count, ...]
 
 
@@ -108,14 +112,15 @@ class StoreHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixLayout:
-    """One matrix within a blob."""
+    """One packed matrix within an extent."""
 
+    format: WeightFormat
     rows: int
     columns: int
     values: slice
-    """Bytes of the FP4 codes, or of the BF16 or F32 values."""
+    """Bytes of the extent."""
     scales: slice
-    """Bytes of the block scales; empty for BF16 and F32."""
+    """Empty for BF16 and F32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,32 +137,32 @@ class BlobLayout:
 def blob_layout(shape: ModelShape, weights: WeightFormat) -> BlobLayout:
     """Where each matrix of an expert lies in its blob."""
     F, D = shape.expert_size, shape.hidden_size
-    value_bits, block_size = {
-        WeightFormat.NVFP4: (4, NVFP4_BLOCK_SIZE),
-        WeightFormat.MXFP4: (4, MXFP4_BLOCK_SIZE),
-        WeightFormat.BF16: (16, 0),
-        WeightFormat.F32: (32, 0),
-    }[weights]
-    # All three matrices have F * D elements.
-    values_bytes = F * D * value_bits // 8
-    scales_bytes = F * D // block_size if block_size else 0
+    (gate, up, down), num_bytes = _lay_out(weights, [(F, D), (F, D), (D, F)])
+    return BlobLayout(gate=gate, up=up, down=down, num_bytes=num_bytes)
 
-    def matrix(index: int, rows: int, columns: int) -> MatrixLayout:
-        values_start = index * values_bytes
-        scales_start = 3 * values_bytes + index * scales_bytes
-        return MatrixLayout(
-            rows=rows,
-            columns=columns,
-            values=slice(values_start, values_start + values_bytes),
-            scales=slice(scales_start, scales_start + scales_bytes),
+
+def dense_layout(entry: DenseEntry) -> MatrixLayout:
+    """Where a dense matrix lies in its extent."""
+    rows, columns = entry.shape
+    return _lay_out(entry.format, [(rows, columns)])[0][0]
+
+
+def _lay_out(weights: WeightFormat, matrices: list[tuple[int, int]]) -> tuple[list[MatrixLayout], int]:
+    """Layouts of matrices [rows, columns] that share an extent, and the extent's size."""
+    sizes = [packed_bytes(weights, rows, columns) for rows, columns in matrices]
+    runs = []
+    end = 0
+    for num_bytes in [*(values for values, _ in sizes), *(scales for _, scales in sizes)]:
+        start = _pad(end, RUN_ALIGNMENT_BYTES)
+        end = start + num_bytes
+        runs.append(slice(start, end))
+    layouts = [
+        MatrixLayout(format=weights, rows=rows, columns=columns, values=values, scales=scales)
+        for (rows, columns), values, scales in zip(
+            matrices, runs[: len(matrices)], runs[len(matrices) :], strict=True
         )
-
-    return BlobLayout(
-        gate=matrix(0, F, D),
-        up=matrix(1, F, D),
-        down=matrix(2, D, F),
-        num_bytes=_pad(3 * (values_bytes + scales_bytes)),
-    )
+    ]
+    return layouts, _pad(end)
 
 
 def dense_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -175,15 +180,31 @@ def dense_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         shapes[prefix + "k"] = (kv_size, D)
         shapes[prefix + "v"] = (kv_size, D)
         shapes[prefix + "o"] = (D, q_size)
+        if shape.qk_norm is QkNorm.PROJECTION:
+            shapes |= {prefix + "q_norm": (q_size,), prefix + "k_norm": (kv_size,)}
+        elif shape.qk_norm is QkNorm.HEAD:
+            shapes |= {prefix + "q_norm": (shape.head_dim,), prefix + "k_norm": (shape.head_dim,)}
         shapes[prefix + "ffn_norm"] = (D,)
         if shape.num_experts > 1:
             shapes[prefix + "router"] = (shape.num_experts, D)
     return shapes
 
 
-def dense_dtype(weights: WeightFormat) -> torch.dtype:
-    """Type of the dense tensors of a store."""
-    return torch.float32 if weights is WeightFormat.F32 else torch.bfloat16
+def dense_format(name: str, dimensions: tuple[int, ...], weights: WeightFormat) -> WeightFormat:
+    """Format of a dense tensor in a store of this format."""
+    if len(dimensions) == 1 or weights is WeightFormat.F32:
+        return WeightFormat.F32
+    if weights is WeightFormat.BF16 or name.endswith("router") or dimensions[1] % COLUMN_MULTIPLE:
+        return WeightFormat.BF16
+    return WeightFormat.INT8
+
+
+def _dense_bytes(dimensions: tuple[int, ...], weights: WeightFormat) -> int:
+    """Size of a dense tensor's extent."""
+    if len(dimensions) == 1:
+        return _pad(dimensions[0] * 4)
+    rows, columns = dimensions
+    return _lay_out(weights, [(rows, columns)])[1]
 
 
 def plan_header(shape: ModelShape, weights: WeightFormat, source: str) -> StoreHeader:
@@ -256,7 +277,7 @@ def check_shape(path: Path, shape: ModelShape, weights: WeightFormat) -> None:
     """Refuse a shape that no store can have.
 
     Raises:
-        StoreError: a size out of range, or FP4 blocks that do not divide the rows of a matrix.
+        StoreError: a size out of range, or rows of a matrix that are not whole blocks.
     """
     for field in _SIZE_FIELDS:
         if not 1 <= getattr(shape, field) <= _MAX_SIZE:
@@ -271,27 +292,28 @@ def check_shape(path: Path, shape: ModelShape, weights: WeightFormat) -> None:
         or min(shape.rms_norm_eps, shape.rope_theta) <= 0
     ):
         raise StoreError(f"{path}: the model's shape contradicts itself: {shape}")
-    block_size = {WeightFormat.NVFP4: NVFP4_BLOCK_SIZE, WeightFormat.MXFP4: MXFP4_BLOCK_SIZE}.get(weights, 1)
+    if weights in (WeightFormat.BF16, WeightFormat.F32):
+        return
     for field in ("hidden_size", "expert_size"):
-        columns = getattr(shape, field)
-        if columns % block_size:
+        if getattr(shape, field) % COLUMN_MULTIPLE:
             raise StoreError(
-                f"{path}: {field} {columns} does not divide into {weights} blocks of {block_size}; choose bf16"
+                f"{path}: {field} {getattr(shape, field)} does not divide into blocks of {COLUMN_MULTIPLE}, as "
+                f"{weights} needs; choose bf16"
             )
 
 
 def _header_at(
     shape: ModelShape, weights: WeightFormat, source: str, offset: int, tensor_scale: float
 ) -> StoreHeader:
-    dtype = dense_dtype(weights)
     blob_bytes = blob_layout(shape, weights).num_bytes
     dense = []
     for name, dimensions in dense_shapes(shape).items():
-        num_bytes = _pad(math.prod(dimensions) * dtype.itemsize)
+        stored = dense_format(name, dimensions, weights)
+        num_bytes = _dense_bytes(dimensions, stored)
         dense.append(
             DenseEntry(
                 name=name,
-                dtype=_dtype_name(dtype),
+                format=stored,
                 shape=dimensions,
                 offset=offset,
                 num_bytes=num_bytes,
@@ -333,16 +355,17 @@ def _check_entries(path: Path, header: StoreHeader) -> None:
         raise StoreError(
             f"{path}: lists {len(header.experts)} experts, its shape has {shape.num_layers} x {shape.num_experts}"
         )
-    dtype = dense_dtype(header.weights)
     implied = dense_shapes(shape)
     if len(header.dense) != len(implied) or {entry.name for entry in header.dense} != implied.keys():
         raise StoreError(f"{path}: its dense tensors are not those of its shape")
     for dense in header.dense:
-        expected = _pad(math.prod(implied[dense.name]) * dtype.itemsize)
-        if (dense.dtype, dense.shape, dense.num_bytes) != (_dtype_name(dtype), implied[dense.name], expected):
+        dimensions = implied[dense.name]
+        stored = dense_format(dense.name, dimensions, header.weights)
+        expected = _dense_bytes(dimensions, stored)
+        if (dense.format, dense.shape, dense.num_bytes) != (stored, dimensions, expected):
             raise StoreError(
-                f"{path}: dense tensor {dense.name} is {dense.dtype} {dense.shape} in {dense.num_bytes} bytes, "
-                f"its shape implies {_dtype_name(dtype)} {implied[dense.name]} in {expected}"
+                f"{path}: dense tensor {dense.name} is {dense.format} {dense.shape} in {dense.num_bytes} bytes, "
+                f"its shape implies {stored} {dimensions} in {expected}"
             )
     blob_bytes = blob_layout(shape, header.weights).num_bytes
     seen = set()
@@ -378,9 +401,5 @@ def _scales_are_valid(scales: tuple[float, float, float] | None, weights: Weight
     return scales is not None and all(limits.tiny <= scale <= limits.max for scale in scales)
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return "f32" if dtype == torch.float32 else "bf16"
-
-
-def _pad(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+def _pad(num_bytes: int, multiple: int = ALIGNMENT_BYTES) -> int:
+    return -(-num_bytes // multiple) * multiple

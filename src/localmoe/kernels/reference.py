@@ -1,49 +1,126 @@
-"""Every operation of a decoder in plain torch: what the fast kernels are tested against.
+"""Every operation of a decoder in plain torch: what the fast kernels are tested against, and what computes where none
+of them runs.
 
 Shape suffixes: T tokens, D hidden size, F expert width, E experts, K experts per token, H heads, G key-value
 heads, d head size, S sequences, N cache blocks, B tokens per block, L cached length, V vocabulary.
 """
 
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from localmoe.core.model import ModelShape
+from localmoe.formats.packed import PackedMatrix
+from localmoe.formats.store import ExpertWeights
+from localmoe.kernels.base import (
+    Attention,
+    AttentionWeights,
+    Draws,
+    Embedding,
+    Experts,
+    Head,
+    PagedStep,
+    Router,
+    RouterWeights,
+)
 
 _FEW_TOKENS = 16
 
 
+class ReferenceKernels:
+    """The operations of `base` in float32; weights are expanded to float32 when they are given.
+
+    Args:
+        num_threads: torch's, for the whole process.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        self.name = f"reference, {num_threads} threads"
+
+    def memory_bytes(self, stored_bytes: int, num_weights: int) -> int:
+        return 4 * num_weights
+
+    def embedding(self, weights: PackedMatrix) -> Embedding:
+        table_VD = weights.dequantize()
+        return lambda token_ids_T: table_VD[token_ids_T]
+
+    def attention(self, weights: AttentionWeights) -> Attention:
+        w, head_dim = weights, weights.q.rows // weights.num_heads
+        qkv = torch.cat([w.q.dequantize(), w.k.dequantize(), w.v.dequantize()])
+        o = w.o.dequantize()
+        heads = [w.num_heads, w.num_kv_heads, w.num_kv_heads]
+
+        def attend(x_TD: Tensor, keys_NGdB: Tensor, values_NGBd: Tensor, step: PagedStep) -> None:
+            h_TD = rms_norm(x_TD, w.norm_D, w.eps)
+            q, k, v = torch.split(project(h_TD, qkv).view(len(h_TD), -1, head_dim), heads, dim=1)
+            cosines, sines = torch.from_numpy(step.cosines_Td), torch.from_numpy(step.sines_Td)
+            q = rotate(qk_norm(q, w.q_norm, w.eps), cosines, sines)
+            k = rotate(qk_norm(k, w.k_norm, w.eps), cosines, sines)
+            write_kv(k, v, keys_NGdB, values_NGBd, torch.from_numpy(step.slots_T))
+            x_TD += project(paged_attention(q, keys_NGdB, values_NGBd, step).flatten(1), o)
+
+        return attend
+
+    def router(self, weights: RouterWeights) -> Router:
+        router = None if weights.router is None else weights.router.dequantize()
+
+        def route(x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            h_TD = rms_norm(x_TD, weights.norm_D, weights.eps)
+            if router is None:
+                return h_TD, torch.zeros(len(x_TD), 1, dtype=torch.int32), torch.ones(len(x_TD), 1)
+            ids_TK, weights_TK = top_k_softmax(project(h_TD, router), weights.top_k, normalize=weights.normalize)
+            return h_TD, ids_TK.int(), weights_TK
+
+        return route
+
+    def experts(self, weights: Sequence[ExpertWeights]) -> Experts:
+        gate_up_E2FD = torch.stack([torch.cat([w.gate.dequantize(), w.up.dequantize()]) for w in weights])
+        down_EDF = torch.stack([w.down.dequantize() for w in weights])
+
+        def compute(h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, x_TD: Tensor) -> None:
+            x_TD += moe(h_TD, ids_TK, weights_TK, gate_up_E2FD, down_EDF)
+
+        return compute
+
+    def head(self, norm_D: Tensor, weights: PackedMatrix, eps: float) -> Head:
+        head_VD = weights.dequantize()
+        return lambda x_SD: project(rms_norm(x_SD, norm_D, eps), head_VD)
+
+    def draw(self, logits_SV: Tensor, draws: Draws) -> list[int]:
+        token_ids_S = logits_SV.argmax(-1)
+        cumulative_SV = filtered_probabilities(logits_SV, draws).double().cumsum(-1)
+        targets_S1 = torch.from_numpy(draws.uniforms_S)[:, None] * cumulative_SV[:, -1:]
+        # right=True: the first token whose cumulative sum exceeds the target, which has a probability above zero.
+        drawn_S = torch.searchsorted(cumulative_SV, targets_S1, right=True).squeeze(-1)
+        token_ids_S = torch.where(torch.from_numpy(draws.temperatures_S) > 0, drawn_S, token_ids_S)
+        return torch.where(logits_SV.isfinite().all(-1), token_ids_S, -1).tolist()
+
+
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm (Zhang & Sennrich, 2019), computed in float32, returned in the dtype of x."""
-    x32 = x_TD.float()
-    normalised = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return weight_D * normalised.to(x_TD.dtype)
+    """Root-mean-square norm (Zhang & Sennrich, 2019) over the last axis, in float32."""
+    return weight_D * (x_TD * torch.rsqrt(x_TD.square().mean(-1, keepdim=True) + eps))
 
 
-def rotary_frequencies(shape: ModelShape) -> Tensor:
-    """Angular frequencies [d/2], float32 (Su et al., 2021), stretched as Llama 3.1 does where the shape says."""
-    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
-    frequencies = 1.0 / shape.rope_theta**exponents
-    scaling = shape.rope_scaling
-    if scaling is None:
-        return frequencies
-    wavelengths = 2 * math.pi / frequencies
-    # 1 for wavelengths short against the original context (kept), 0 for long ones (divided by the factor).
-    kept = (scaling.original_max_position / wavelengths - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    kept = kept.clamp(0, 1)
-    return frequencies * kept + frequencies / scaling.factor * (1 - kept)
+def qk_norm(x_THd: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Queries or keys before rotation.
+
+    Args:
+        weight: [d] norms heads alone, [H * d] all together; None: as they are.
+    """
+    if weight is None:
+        return x_THd
+    if len(weight) == x_THd.shape[2]:
+        return rms_norm(x_THd, weight, eps)
+    return rms_norm(x_THd.flatten(1), weight, eps).view(x_THd.shape)
 
 
-def rotate(x_THd: Tensor, angles_Td: Tensor) -> Tensor:
-    """Rotary embedding on half-split pairs (x[i], x[i + d/2]) by `angles` [T, d/2], computed in float32."""
-    cos, sin = angles_Td.cos().unsqueeze(1), angles_Td.sin().unsqueeze(1)
-    first, second = x_THd.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THd.dtype)
+def rotate(x_THd: Tensor, cosines_Td: Tensor, sines_Td: Tensor) -> Tensor:
+    """Rotary embedding on half-split pairs (x[i], x[i + d/2]) by angles [T, d/2]."""
+    cos, sin = cosines_Td.unsqueeze(1), sines_Td.unsqueeze(1)
+    first, second = x_THd.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def project(x_TD: Tensor, weight_FD: Tensor) -> Tensor:
@@ -65,10 +142,20 @@ def swiglu(x_TD: Tensor, gate_up_2FD: Tensor, down_DF: Tensor) -> Tensor:
     return project(silu(gate_TF) * up_TF, down_DF)
 
 
-def top_k_softmax(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k likeliest experts and their probabilities, summing to one; ([T, K] int64, [T, K] float32)."""
-    probabilities, ids = logits_TE.float().softmax(-1).topk(k, dim=-1)
-    return ids, probabilities / probabilities.sum(-1, keepdim=True)
+def top_k_softmax(logits_TE: Tensor, k: int, *, normalize: bool) -> tuple[Tensor, Tensor]:
+    """The k likeliest of all experts, likeliest first, and their probabilities; ([T, K] int64, [T, K] float32).
+
+    The choice is by logit, so that the rounding of exp has no say in it; of equal logits the lower expert id comes
+    first.
+
+    Args:
+        normalize: scale the chosen probabilities to sum to one.
+    """
+    ids_TK = logits_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
+    probabilities_TK = logits_TE.softmax(-1).gather(1, ids_TK)
+    if normalize:
+        probabilities_TK /= probabilities_TK.sum(-1, keepdim=True)
+    return ids_TK, probabilities_TK
 
 
 def moe(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
@@ -80,7 +167,7 @@ def moe(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, 
     for expert in torch.unique(ids_TK).tolist():
         rows, slots = torch.where(ids_TK == expert)
         expert_out = swiglu(x_TD[rows], gate_up_E2FD[expert], down_EDF[expert])
-        out_TD.index_add_(0, rows, expert_out * weights_TK[rows, slots, None].to(x_TD.dtype))
+        out_TD.index_add_(0, rows, expert_out * weights_TK[rows, slots, None])
     return out_TD
 
 
@@ -92,40 +179,50 @@ def causal_attention(q_THd: Tensor, k_LGd: Tensor, v_LGd: Tensor) -> Tensor:
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).squeeze(0).transpose(0, 1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PagedBatch:
-    """Where the tokens of one step live in the paged cache (Kwon et al., 2023)."""
-
-    slots_T: Tensor
-    """int64: each token's own slot, block * B + offset."""
-    spans: tuple[tuple[int, int], ...]
-    """(start, end) of each multi-token sequence's rows among the T tokens; these come first."""
-    span_blocks: tuple[Tensor, ...]
-    """For each span, its block table as int64."""
-    span_lengths: tuple[int, ...]
-    """For each span, the cached length including this step's tokens."""
-    decode_start: int
-    """Rows from here on belong to sequences with one token each."""
-    decode_blocks_SN: Tensor
-    """int64 block tables of those sequences, padded with any valid block."""
-    decode_lengths_S: Tensor
-    """int64 cached lengths of those sequences, this step's token included."""
+def write_kv(k_TGd: Tensor, v_TGd: Tensor, keys_NGdB: Tensor, values_NGBd: Tensor, slots_T: Tensor) -> None:
+    """Store keys and values at their slots, rounded to the cache's dtype."""
+    block_tokens = keys_NGdB.shape[3]
+    blocks_T, offsets_T = slots_T // block_tokens, slots_T % block_tokens
+    keys_NGdB[blocks_T, :, :, offsets_T] = k_TGd.to(keys_NGdB.dtype)
+    values_NGBd[blocks_T, :, offsets_T] = v_TGd.to(values_NGBd.dtype)
 
 
-def paged_attention(q_THd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGd: Tensor, batch: PagedBatch) -> Tensor:
-    """Causal attention of every token in `batch` over its sequence's cached blocks; [T, H, d].
+def paged_attention(q_THd: Tensor, keys_NGdB: Tensor, values_NGBd: Tensor, step: PagedStep) -> Tensor:
+    """Causal attention of every token of a step over its sequence's cached blocks; [T, H, d].
 
-    The cache must hold finite numbers everywhere: masked slots are multiplied by zero, not skipped.
+    The blocks must hold finite numbers up to the end of each sequence: what is masked is multiplied by zero.
     """
     out_THd = torch.empty_like(q_THd)
-    for (start, end), blocks, length in zip(batch.spans, batch.span_blocks, batch.span_lengths, strict=True):
-        k, v = (cache[blocks].flatten(0, 1)[:length] for cache in (k_cache_NBGd, v_cache_NBGd))
-        out_THd[start:end] = causal_attention(q_THd[start:end], k, v)
-    if batch.decode_start < len(q_THd):
-        tables, lengths = batch.decode_blocks_SN, batch.decode_lengths_S
-        k, v = (cache[tables].flatten(1, 2).transpose(1, 2) for cache in (k_cache_NBGd, v_cache_NBGd))
-        mask = torch.arange(k.shape[2]) < lengths[:, None]
-        q = q_THd[batch.decode_start :].unsqueeze(2)
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None], enable_gqa=True)
-        out_THd[batch.decode_start :] = out.squeeze(2)
+    block_tokens = keys_NGdB.shape[3]
+    for (first_row, count, start), table in zip(step.spans_S3.tolist(), step.tables_SN, strict=True):
+        length = start + count
+        blocks = torch.from_numpy(table[: -(-length // block_tokens)])
+        k_LGd = keys_NGdB[blocks].permute(0, 3, 1, 2).flatten(0, 1)[:length].float()
+        v_LGd = values_NGBd[blocks].permute(0, 2, 1, 3).flatten(0, 1)[:length].float()
+        rows = slice(first_row, first_row + count)
+        out_THd[rows] = causal_attention(q_THd[rows], k_LGd, v_LGd)
     return out_THd
+
+
+def filtered_probabilities(logits_SV: Tensor, draws: Draws) -> Tensor:
+    """Probabilities after temperature, top-k, top-p and min-p; zero for what they exclude, not renormalised.
+
+    A temperature of 0 is taken for 1.
+    """
+    temperatures_S = torch.from_numpy(draws.temperatures_S)
+    temperatures_S1 = torch.where(temperatures_S > 0, temperatures_S, 1.0)[:, None]
+    # Shifted first, so that a tiny temperature overflows to minus infinity and never to infinity.
+    scaled_SV = (logits_SV - logits_SV.amax(-1, keepdim=True)) / temperatures_S1
+    probabilities_SV = scaled_SV.softmax(-1)
+    filters = zip(draws.top_k_S.tolist(), draws.top_p_S.tolist(), draws.min_p_S.tolist(), strict=True)
+    for row, (top_k, top_p, min_p) in zip(probabilities_SV, filters, strict=True):
+        if 0 < top_k < len(row):
+            row[row < row.topk(top_k).values[-1]] = 0
+        if top_p < 1:
+            likeliest = row.sort(descending=True).values
+            cumulative = likeliest.double().cumsum(0)
+            last = int(torch.searchsorted(cumulative, top_p * cumulative[-1]))
+            row[row < likeliest[min(last, len(row) - 1)]] = 0
+        if min_p > 0:
+            row[row < min_p * row.max()] = 0
+    return probabilities_SV

@@ -8,7 +8,7 @@ from localmoe.core.errors import CheckpointError
 if TYPE_CHECKING:
     from localmoe.models.decoder import Decoder
 
-DECODERS = {"llama": "Llama", "mixtral": "Mixtral"}
+DECODERS = {"llama": "Llama", "mixtral": "Mixtral", "olmoe": "Olmoe", "qwen3_moe": "Qwen3Moe"}
 
 
 def architecture(config: dict[str, Any]) -> "type[Decoder]":

@@ -3,7 +3,7 @@
 from typing import Any
 
 from localmoe.core.errors import CheckpointError
-from localmoe.core.model import ModelShape, RopeScaling
+from localmoe.core.model import ModelShape, QkNorm, RopeScaling
 
 _LARGEST = 1 << 24
 """No size in a language model's configuration comes near this; larger ones are damage or malice."""
@@ -46,9 +46,27 @@ class ConfigReader:
         if self._config.get(key, allowed[0]) not in allowed:
             raise self.fail(key, f"supported: {', '.join(map(repr, allowed))}")
 
+    def mixture(self, *, num_experts: int, top_k: int) -> tuple[int, int]:
+        """(experts, experts per token); the arguments stand for absent keys.
+
+        The number of experts goes by either of two names: transformers reads both, and does not always write the
+        one it read.
+        """
+        experts = self.size("num_experts", self.size("num_local_experts", num_experts))
+        if experts == 1:
+            raise CheckpointError("config.json: a mixture of one expert has no router; model_type 'llama' is that")
+        self.require("num_local_experts", experts, None)
+        top_k = self.size("num_experts_per_tok", top_k)
+        if top_k > experts:
+            raise self.fail("num_experts_per_tok", f"it must not exceed the number of experts ({experts})")
+        return experts, top_k
+
     def rope(self) -> tuple[float, RopeScaling | None]:
-        """(theta, scaling) from either generation of keys: `rope_parameters`, or `rope_theta` + `rope_scaling`."""
-        parameters = self._config.get("rope_parameters") or self._config.get("rope_scaling") or {}
+        """(theta, scaling) from either generation of keys: `rope_parameters`, or `rope_theta` + `rope_scaling`.
+
+        Where both are given the older wins, as in transformers.
+        """
+        parameters = self._config.get("rope_scaling") or self._config.get("rope_parameters") or {}
         if not isinstance(parameters, dict):
             raise self.fail("rope_parameters", "it must be an object")
         nested = ConfigReader({"rope_theta": self._config.get("rope_theta", 1e4)} | parameters)
@@ -68,8 +86,19 @@ class ConfigReader:
         )
 
 
-def llama_family_shape(config: dict[str, Any], *, num_experts: int, top_k: int) -> ModelShape:
-    """The sizes that all descendants of Llama spell alike.
+def llama_family_shape(
+    config: dict[str, Any],
+    *,
+    num_experts: int,
+    top_k: int,
+    expert_size_key: str = "intermediate_size",
+    qk_norm: QkNorm | None = None,
+    norm_top_k: bool = True,
+) -> ModelShape:
+    """What all descendants of Llama spell alike, and what tells them apart.
+
+    Args:
+        config: where an architecture's defaults are not Llama's, it has put them in.
 
     Raises:
         CheckpointError: a size is missing or absurd, or sizes do not fit each other.
@@ -99,11 +128,13 @@ def llama_family_shape(config: dict[str, Any], *, num_experts: int, top_k: int) 
         head_dim=head_dim,
         num_experts=num_experts,
         top_k=top_k,
-        expert_size=read.size("intermediate_size"),
+        expert_size=read.size(expert_size_key),
         vocab_size=read.size("vocab_size"),
         max_context_tokens=read.size("max_position_embeddings"),
         rms_norm_eps=read.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         tie_embeddings=read.flag("tie_word_embeddings"),
+        qk_norm=qk_norm,
+        norm_top_k=norm_top_k,
     )

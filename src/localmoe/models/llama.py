@@ -2,12 +2,10 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from localmoe.core.model import ExpertId, ModelShape, TensorNames
 from localmoe.models.config_json import ConfigReader, llama_family_shape
-from localmoe.models.decoder import Decoder, Layer, attention_tensor_names
+from localmoe.models.decoder import Decoder
+from localmoe.models.tensor_names import attention_tensor_names
 
 
 class Llama(Decoder):
@@ -23,7 +21,3 @@ class Llama(Decoder):
             mlp = f"model.layers.{i}.mlp."
             experts[ExpertId(i, 0)] = (mlp + "gate_proj.weight", mlp + "up_proj.weight", mlp + "down_proj.weight")
         return TensorNames(dense=attention_tensor_names(shape), experts=experts)
-
-    def route(self, layer: Layer, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = len(x_TD)
-        return torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1)

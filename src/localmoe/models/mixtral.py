@@ -2,35 +2,21 @@
 
 from typing import Any
 
-from torch import Tensor
-
-from localmoe.core.model import ExpertId, ModelShape, TensorNames
-from localmoe.kernels import reference as kernels
+from localmoe.core.model import ModelShape, TensorNames
 from localmoe.models.config_json import ConfigReader, llama_family_shape
-from localmoe.models.decoder import Decoder, Layer, attention_tensor_names
+from localmoe.models.decoder import Decoder
+from localmoe.models.tensor_names import mixture_tensor_names
 
 
 class Mixtral(Decoder):
     @staticmethod
     def parse_shape(config: dict[str, Any]) -> ModelShape:
+        config = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6} | config
         read = ConfigReader(config)
         read.require("sliding_window", None)
-        experts, top_k = read.size("num_local_experts"), read.size("num_experts_per_tok")
-        if top_k > experts:
-            raise read.fail("num_experts_per_tok", f"it must not exceed num_local_experts ({experts})")
-        return llama_family_shape(config, num_experts=experts, top_k=top_k)
+        num_experts, top_k = read.mixture(num_experts=8, top_k=2)
+        return llama_family_shape(config, num_experts=num_experts, top_k=top_k)
 
     @staticmethod
     def tensor_names(shape: ModelShape) -> TensorNames:
-        dense, experts = attention_tensor_names(shape), {}
-        for i in range(shape.num_layers):
-            block = f"model.layers.{i}.block_sparse_moe."
-            dense[f"layers.{i}.router"] = block + "gate.weight"
-            for e in range(shape.num_experts):
-                gate, down, up = (f"{block}experts.{e}.w{number}.weight" for number in (1, 2, 3))
-                experts[ExpertId(i, e)] = (gate, up, down)
-        return TensorNames(dense=dense, experts=experts)
-
-    def route(self, layer: Layer, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        assert layer.router is not None
-        return kernels.top_k_softmax(kernels.project(x_TD, layer.router), self.shape.top_k)
+        return mixture_tensor_names(shape, "block_sparse_moe", ("w1", "w3", "w2"))

@@ -45,6 +45,12 @@ class Metrics:
         self._prefix_hits = Counter(
             "vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", _MODEL, registry=registry
         )
+        self._draft_tokens = Counter(
+            "vllm:spec_decode_num_draft_tokens", "Draft tokens run.", _MODEL, registry=registry
+        )
+        self._accepted_tokens = Counter(
+            "vllm:spec_decode_num_accepted_tokens", "Draft tokens that proved right.", _MODEL, registry=registry
+        )
         self._prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens.", _MODEL, registry=registry)
         self._generation_tokens = Counter("vllm:generation_tokens", "Generated tokens.", _MODEL, registry=registry)
         self._finished = Counter(
@@ -119,6 +125,8 @@ class Metrics:
             ),
             (self._prefix_hits, event.prefix_cache_hits, last.prefix_cache_hits if last else 0),
             (self._preemptions, event.num_preemptions, last.num_preemptions if last else 0),
+            (self._draft_tokens, event.num_draft_tokens, last.num_draft_tokens if last else 0),
+            (self._accepted_tokens, event.num_accepted_tokens, last.num_accepted_tokens if last else 0),
         ):
             # Totals begin anew with a new engine process.
             counter.labels(event.model).inc(total - before if total >= before else total)

@@ -9,19 +9,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from localmoe.catalog import demo
 from localmoe.catalog.catalog import Catalog
 from localmoe.catalog.fetch import PinnedFile, fetch_pinned_file
 from localmoe.catalog.gguf_llama import llama_config, llama_tensors
+from localmoe.catalog.upcycle_model import CheckpointDense
 from localmoe.core.errors import ModelBuildError
 from localmoe.core.model import ExpertId, TensorNames, WeightFormat
 from localmoe.formats.checkpoint import Checkpoint
 from localmoe.formats.files import read_json_object
 from localmoe.formats.gguf import GGUFFile
-from localmoe.kernels import reference
+from localmoe.formats.packed import pack_matrix
+from localmoe.formats.store import ExpertWeights
+from localmoe.kernels.reference import ReferenceKernels
 from localmoe.models import architecture
+from support.models import paged_logits
 from support.tiny_gguf import write_tiny_gguf
 
 
@@ -42,25 +45,22 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def logits(config: dict[str, object], weights: dict[str, Tensor], token_ids_T: Tensor) -> Tensor:
-    """A float32 run of a checkpoint's tensors through our decoder, with plain experts and attention."""
+    """A float32 run of a checkpoint's tensors through our decoder."""
     decoder = architecture(config)
     shape = decoder.parse_shape(config)
     names: TensorNames = decoder.tensor_names(shape)
+    kernels = ReferenceKernels(1)
 
-    def experts(layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        blocks = [
-            [weights[name].float() for name in names.experts[ExpertId(layer, e)]] for e in range(shape.num_experts)
+    def expert(layer: int, e: int) -> ExpertWeights:
+        packed = [
+            pack_matrix(weights[name].float(), WeightFormat.F32) for name in names.experts[ExpertId(layer, e)]
         ]
-        gate_up_E2FD = torch.stack([torch.cat(block[:2]) for block in blocks])
-        return reference.moe(x_TD, expert_ids_TK, weights_TK, gate_up_E2FD, torch.stack([b[2] for b in blocks]))
+        return ExpertWeights(gate=packed[0], up=packed[1], down=packed[2])
 
-    def attention(layer: int, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor) -> Tensor:
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_THd, k_TGd, v_TGd))
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-
-    dense = {ours: weights[theirs].float() for ours, theirs in names.dense.items()}
-    model = decoder(shape, dense, experts)
-    return model.logits(model.forward(token_ids_T, torch.arange(len(token_ids_T)), attention))
+    layers = [kernels.experts([expert(i, e) for e in range(shape.num_experts)]) for i in range(shape.num_layers)]
+    dense = CheckpointDense(weights, names)
+    model = decoder(shape, dense, lambda layer, h, ids, shares, x: layers[layer](h, ids, shares, x), kernels)
+    return paged_logits(model, token_ids_T.tolist(), len(token_ids_T))
 
 
 def test_build_and_everything_in_it(source: Path, tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import torch
 import xxhash
 
 from localmoe.core.model import ExpertId, ModelShape, WeightFormat
-from localmoe.formats.store import StoreWriter
-from localmoe.formats.store_layout import dense_shapes
+from localmoe.formats.packed import pack_matrix
+from localmoe.formats.store import Store
+from localmoe.formats.store_layout import dense_format, dense_shapes
+from localmoe.formats.store_writer import StoreWriter
 
 SHAPE = ModelShape(
     model_type="mixtral",
@@ -52,6 +54,19 @@ def write(path: Path, weights: WeightFormat = WeightFormat.NVFP4) -> Path:
     with StoreWriter(path, shape=SHAPE, weights=weights, source="a test") as writer:
         fill(writer)
     return path
+
+
+def stored(name: str, tensor: torch.Tensor, weights: WeightFormat) -> torch.Tensor:
+    """Float32 values of a dense tensor once a store of this format holds it."""
+    if tensor.dim() == 1:
+        return tensor.float()
+    return pack_matrix(tensor, dense_format(name, tuple(tensor.shape), weights)).dequantize()
+
+
+def dense_values(store: Store, name: str) -> torch.Tensor:
+    if len(dense_shapes(store.shape)[name]) == 1:
+        return store.dense_vector(name)
+    return store.dense_matrix(name).dequantize()
 
 
 def header_of(content: bytes) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from localmoe.core.errors import CheckpointError
+from localmoe.core.model import WeightFormat
 from localmoe.formats.gguf import MAX_HEADER_BYTES, GGUFFile
 
 
@@ -237,3 +238,101 @@ def test_integer_tensor_is_not_dequantised(tmp_path: Path) -> None:
     path.write_bytes(with_tensors(tensor(kind=24)))
     with pytest.raises(CheckpointError, match="stored as I8"):
         GGUFFile.open(path).read("t")
+
+
+# Matrices that are taken over as they are.
+
+
+@pytest.fixture
+def packed_file(tmp_path: Path) -> GGUFFile:
+    """Random blocks: a stack and a matrix in MXFP4, a stack and a matrix in Q8_0, and others."""
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(tmp_path / "p.gguf", "olmoe")
+    for name, shape in [("mx3", (3, 19, 64)), ("mx2", (32, 96)), ("q3", (3, 19, 64)), ("q2", (32, 96))]:
+        *rows, columns = shape
+        block_bytes, kind = (17, "MXFP4") if name.startswith("mx") else (34, "Q8_0")
+        blocks = rng.integers(0, 256, (*rows, columns // 32, block_bytes), dtype=np.uint8)
+        if kind == "MXFP4":
+            blocks[..., 0] = rng.integers(2, 250, blocks.shape[:-1])
+        else:
+            blocks[..., 1] &= 0xBF  # no NaN, nor infinity
+            blocks[..., 2] = 0x80  # -128, which our own rounding never gives
+        writer.add_tensor(name, blocks.reshape(*rows, -1), raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.add_tensor("vector", np.zeros((1, 34), np.uint8)[0], raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("f32", np.ones((3, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GGUFFile.open(tmp_path / "p.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("mx2", WeightFormat.MXFP4),
+        ("mx3", WeightFormat.MXFP4),
+        ("q2", WeightFormat.INT8),
+        ("q3", WeightFormat.INT8),
+    ],
+)
+def test_matrix_is_taken_over_as_it_is(packed_file: GGUFFile, name: str, weights: WeightFormat) -> None:
+    values = packed_file.read(name)
+    for index in [None] if values.dim() == 2 else range(3):
+        packed = packed_file.read_packed(name, index)
+        expected = values if index is None else values[index]
+        assert (packed.format, packed.shape) == (weights, expected.shape)
+        assert torch.equal(packed.dequantize(), expected)
+
+
+def test_one_matrix_of_a_stack_is_read_alone(packed_file: GGUFFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = np.fromfile
+    counts: list[int] = []
+
+    def fromfile(path: Path, dtype: type, count: int, *, offset: int) -> np.ndarray:
+        counts.append(count)
+        return real(path, dtype, count, offset=offset)
+
+    monkeypatch.setattr(np, "fromfile", fromfile)
+    packed_file.read_packed("mx3", 2)
+    assert counts == [19 * 2 * 17]
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "reason"),
+    [
+        ("mx3", None, "no matrix at index None"),
+        ("mx3", 3, "no matrix at index 3"),
+        ("mx3", -1, "no matrix at index -1"),
+        ("mx2", 0, "no matrix at index 0"),
+        ("vector", None, "no matrix at index None"),
+        ("f32", None, "stored as F32, which is not taken over"),
+        ("nope", None, "no tensor 'nope'"),
+    ],
+)
+def test_matrix_that_is_not_there_is_named(
+    packed_file: GGUFFile, name: str, index: int | None, reason: str
+) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        packed_file.read_packed(name, index)
+
+
+def test_stack_that_is_cut_off_after_opening(packed_file: GGUFFile) -> None:
+    tensor = packed_file.tensors["mx3"]
+    with packed_file.path.open("r+b") as file:
+        file.truncate(tensor.offset_bytes + tensor.num_bytes - 1)
+    packed_file.read_packed("mx3", 1)
+    with pytest.raises(CheckpointError, match="became shorter"):
+        packed_file.read_packed("mx3", 2)
+
+
+def test_scale_that_is_nan_does_not_reach_a_store(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "n.gguf", "olmoe")
+    blocks = np.full((16, 17), 0xFF, np.uint8)
+    writer.add_tensor("t", blocks, raw_dtype=gguf.GGMLQuantizationType.MXFP4)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="NaN"):
+        GGUFFile.open(tmp_path / "n.gguf").read_packed("t").check_finite()

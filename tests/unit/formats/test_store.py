@@ -1,45 +1,37 @@
 """The expert store: what is written reads back, and damage is found."""
 
-import errno
 import os
 import threading
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 import torch
 import xxhash
-from store_samples import EXPERTS, SHAPE, header_of, matrices, random_tensor, write
+from store_samples import EXPERTS, SHAPE, dense_values, header_of, matrices, random_tensor, stored, write
 
 from localmoe.core.errors import ChecksumError, StoreError
-from localmoe.core.model import ExpertId, WeightFormat
-from localmoe.formats.fp4 import quantize_mxfp4, quantize_nvfp4
-from localmoe.formats.store import Store, StoreWriter
-from localmoe.formats.store_layout import blob_layout, dense_shapes
+from localmoe.core.model import ExpertId, QkNorm, WeightFormat
+from localmoe.formats.fp4 import quantize_nvfp4
+from localmoe.formats.packed import pack_matrix
+from localmoe.formats.store import Store
+from localmoe.formats.store_layout import blob_layout, dense_format, dense_shapes
+from localmoe.formats.store_writer import StoreWriter
 
 
 @pytest.mark.parametrize("weights", list(WeightFormat))
 def test_everything_written_reads_back(tmp_path: Path, weights: WeightFormat) -> None:
-    dense_dtype = torch.float32 if weights is WeightFormat.F32 else torch.bfloat16
     with Store.open(write(tmp_path / "m.store", weights)) as store:
         assert (store.shape, store.weights, store.source) == (SHAPE, weights, "a test")
         assert store.total_bytes == store.path.stat().st_size
         assert store.dense_names == dense_shapes(SHAPE).keys()
         for name, shape in dense_shapes(SHAPE).items():
-            tensor = store.read_dense(name)
-            assert tensor.dtype == dense_dtype
-            assert torch.equal(tensor, random_tensor(name, shape).to(dense_dtype))
+            assert torch.equal(dense_values(store, name), stored(name, random_tensor(name, shape), weights))
         for expert_id in EXPERTS:
             weights_found = store.read_expert(expert_id).dequantize(torch.float32)
             for found, original in zip(weights_found, matrices(expert_id), strict=True):
-                if weights is WeightFormat.NVFP4:
-                    expected = quantize_nvfp4(original).dequantize(torch.float32)
-                elif weights is WeightFormat.MXFP4:
-                    expected = quantize_mxfp4(original).dequantize(torch.float32)
-                else:
-                    expected = original.to(dense_dtype).float()
-                assert torch.equal(found, expected)
+                assert torch.equal(found, pack_matrix(original, weights).dequantize())
+        store.check(2)
         progress: list[tuple[int, int]] = []
         store.verify(lambda done, total: progress.append((done, total)))
         assert progress[-1][0] == progress[-1][1]
@@ -59,7 +51,7 @@ def test_one_expert_and_tied_embeddings_need_no_router_and_no_head(tmp_path: Pat
 
 
 def test_blob_layout_worked_out_by_hand() -> None:
-    # 32 * 64 elements: 1024 bytes of codes and, in blocks of 16, 128 bytes of scales a matrix.
+    # 32 * 64 elements: 1024 bytes of codes and, in blocks of 16, 128 bytes of scales a matrix. No row is padded.
     layout = blob_layout(SHAPE, WeightFormat.NVFP4)
     assert [m.values for m in (layout.gate, layout.up, layout.down)] == [
         slice(0, 1024),
@@ -76,11 +68,38 @@ def test_blob_layout_worked_out_by_hand() -> None:
     assert blob_layout(SHAPE, WeightFormat.BF16).num_bytes == 12288
 
 
+def test_runs_begin_at_cache_lines() -> None:
+    # down has 16 * 3 rows and one block: 48 bytes of scales, which end 16 short of the next line.
+    shape = msgspec.structs.replace(SHAPE, hidden_size=32, expert_size=32)
+    layout = blob_layout(shape, WeightFormat.MXFP4)
+    assert [m.scales for m in (layout.gate, layout.up, layout.down)] == [
+        slice(1536, 1568),
+        slice(1600, 1632),
+        slice(1664, 1696),
+    ]
+
+
+def test_formats_of_dense_tensors() -> None:
+    shapes = dense_shapes(msgspec.structs.replace(SHAPE, qk_norm=QkNorm.HEAD))
+    for weights, matrices_are, router_is in (
+        (WeightFormat.MXFP4, WeightFormat.INT8, WeightFormat.BF16),
+        (WeightFormat.NVFP4, WeightFormat.INT8, WeightFormat.BF16),
+        (WeightFormat.INT8, WeightFormat.INT8, WeightFormat.BF16),
+        (WeightFormat.BF16, WeightFormat.BF16, WeightFormat.BF16),
+        (WeightFormat.F32, WeightFormat.F32, WeightFormat.F32),
+    ):
+        found = {name: dense_format(name, dimensions, weights) for name, dimensions in shapes.items()}
+        assert {found[name] for name in found if name.endswith("norm")} == {WeightFormat.F32}
+        assert found["layers.1.router"] is router_is
+        assert {found[name] for name in ("embed", "head", "layers.0.q", "layers.1.o")} == {matrices_are}
+    assert dense_format("layers.0.o", (64, 40), WeightFormat.INT8) is WeightFormat.BF16
+
+
 def test_blob_in_the_file_is_codes_then_scales(store_path: Path) -> None:
     entry = header_of(store_path.read_bytes())["experts"][4]
     assert (entry["layer"], entry["expert"]) == (1, 1)
-    quantized = [quantize_nvfp4(matrix) for matrix in matrices(ExpertId(1, 1))]
-    expected = b"".join(m.codes.numpy().tobytes() for m in quantized)
+    quantized = [pack_matrix(matrix, WeightFormat.NVFP4) for matrix in matrices(ExpertId(1, 1))]
+    expected = b"".join(m.values.numpy().tobytes() for m in quantized)
     expected += b"".join(m.scales.numpy().tobytes() for m in quantized)
     assert entry["offset"] % 4096 == 0
     assert store_path.read_bytes()[entry["offset"] :][:4096] == expected.ljust(4096, b"\0")
@@ -118,13 +137,16 @@ def test_damaged_pieces_are_found_at_first_read_and_by_verify(store_path: Path) 
         assert f"expected {header['experts'][4]['xxh3']}, found {found}" in str(caught.value)
         assert str(store_path) in str(caught.value)
         with pytest.raises(ChecksumError, match=r"dense tensor layers\.1\.ffn_norm is damaged"):
-            store.read_dense("layers.1.ffn_norm")
+            store.dense_vector("layers.1.ffn_norm")
         store.read_expert(ExpertId(1, 0))
         with pytest.raises(ChecksumError) as caught:
             store.verify(lambda done, total: None)
         assert str(caught.value).count("is damaged") == 2
         assert "layer 1 expert 1" in str(caught.value)
         assert "layers.1.ffn_norm" in str(caught.value)
+        with pytest.raises(ChecksumError) as caught_again:
+            store.check(2)
+        assert str(caught_again.value) == str(caught.value)
 
 
 def test_checksum_is_computed_once_for_each_blob(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,29 +177,35 @@ def test_shrunken_deleted_failing_and_closed_files(store_path: Path, monkeypatch
         size = store_path.stat().st_size
         store_path.unlink()
         store.read_expert(ExpertId(1, 2))  # the open file lives on
-    with pytest.raises(StoreError, match="closed file"):
+    with pytest.raises(StoreError, match="is closed"):
         store.read_expert(ExpertId(0, 0))
     with Store.open(write(store_path)) as store:
         os.truncate(store_path, size - 1)
+        with pytest.raises(StoreError, match="the file has shrunk"):
+            store.check(2)
         with pytest.raises(StoreError, match="the file has shrunk"):
             store.read_expert(ExpertId(1, 2))
         with pytest.raises(StoreError, match="the file has shrunk"):
             store.verify(lambda done, total: None)
 
-        def failing(*_: Any) -> int:
-            raise OSError(errno.EIO, "Input/output error")
-
-        monkeypatch.setattr(os, "preadv", failing)
+        # Cut off between the look at its size and the use of its pages: an error, no SIGBUS.
+        os.truncate(store_path, 4096)
+        real = os.fstat
+        monkeypatch.setattr(os, "fstat", lambda fd: os.stat_result((*real(fd)[:6], size, *real(fd)[7:])))
         with pytest.raises(StoreError, match="Input/output error"):
-            store.read_dense("embed")
+            store.dense_matrix("embed")
 
 
 def test_unknown_pieces_are_named(store_path: Path) -> None:
     with Store.open(store_path) as store:
         with pytest.raises(StoreError, match="layer 2 expert 0"):
             store.read_expert(ExpertId(2, 0))
+        with pytest.raises(StoreError, match="has no dense matrix 'final_norm'"):
+            store.dense_matrix("final_norm")
+        with pytest.raises(StoreError, match="has no dense vector 'embed'"):
+            store.dense_vector("embed")
         with pytest.raises(StoreError, match="'bias'"):
-            store.read_dense("bias")
+            store.dense_matrix("bias")
 
 
 def test_many_threads_may_read_at_once(store_path: Path) -> None:
@@ -195,3 +223,40 @@ def test_many_threads_may_read_at_once(store_path: Path) -> None:
         for thread in threads:
             thread.join()
     assert results == [True] * (8 * 30)
+
+
+def test_after_check_nothing_is_computed_again(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store.open(store_path) as store:
+        store.check(3)
+        monkeypatch.setattr(xxhash, "xxh3_64_hexdigest", lambda data: pytest.fail("computed again"))
+        store.check(3)
+        store.read_expert(ExpertId(1, 1))
+        store.dense_matrix("embed")
+
+
+def test_weights_are_views_of_the_file_that_outlive_the_store(store_path: Path, store_bytes: bytes) -> None:
+    with Store.open(store_path) as store:
+        weights = store.read_expert(ExpertId(0, 1))
+        embed = store.dense_matrix("embed")
+        again = store.read_expert(ExpertId(0, 1))
+    del store
+    assert weights.up.values.data_ptr() == again.up.values.data_ptr()
+    for tensor in (weights.gate.values, weights.down.scales, embed.values, embed.scales):
+        assert tensor.data_ptr() % 64 == 0
+    expected = pack_matrix(random_tensor("embed", (100, 64)), WeightFormat.INT8)
+    assert torch.equal(embed.values, expected.values)
+    weights.gate.values[:] = 0  # the mapping is private
+    assert store_path.read_bytes() == store_bytes
+
+
+@pytest.mark.parametrize("weights", list(WeightFormat))
+def test_packed_matrices_are_written_as_they_are(tmp_path: Path, weights: WeightFormat) -> None:
+    direct = write(tmp_path / "direct", weights).read_bytes()
+    with StoreWriter(tmp_path / "packed", shape=SHAPE, weights=weights, source="a test") as writer:
+        for name, shape in dense_shapes(SHAPE).items():
+            tensor = random_tensor(name, shape)
+            stored_as = dense_format(name, shape, weights)
+            writer.write_dense(name, pack_matrix(tensor, stored_as) if len(shape) == 2 else tensor)
+        for expert_id in EXPERTS:
+            writer.write_expert(expert_id, *(pack_matrix(matrix, weights) for matrix in matrices(expert_id)))
+    assert (tmp_path / "packed").read_bytes() == direct

@@ -17,8 +17,9 @@ from store_samples import SHAPE, fill, matrices, write
 
 from localmoe.core.errors import CheckpointError, ModelBuildError, StoreError
 from localmoe.core.model import ExpertId, WeightFormat
-from localmoe.formats.store import Store, StoreWriter
+from localmoe.formats.store import Store
 from localmoe.formats.store_layout import MAX_HEADER_BYTES, data_start, plan_header
+from localmoe.formats.store_writer import StoreWriter
 
 
 @pytest.fixture
@@ -101,11 +102,12 @@ def test_nan_is_never_stored(empty: Path, weights: WeightFormat) -> None:
         writer.write_dense("final_norm", torch.full((64,), torch.inf))
 
 
-def test_shape_that_fp4_cannot_have_is_refused_at_once(empty: Path) -> None:
+@pytest.mark.parametrize("weights", [WeightFormat.NVFP4, WeightFormat.MXFP4, WeightFormat.INT8])
+def test_shape_that_blocks_cannot_have_is_refused_at_once(empty: Path, weights: WeightFormat) -> None:
     shape = msgspec.structs.replace(SHAPE, expert_size=48)
-    with pytest.raises(StoreError, match="expert_size 48 does not divide into mxfp4 blocks of 32"):
-        StoreWriter(empty, shape=shape, weights=WeightFormat.MXFP4, source="")
-    StoreWriter(empty, shape=shape, weights=WeightFormat.NVFP4, source="")
+    with pytest.raises(StoreError, match=f"expert_size 48 does not divide into blocks of 32, as {weights}"):
+        StoreWriter(empty, shape=shape, weights=weights, source="")
+    StoreWriter(empty, shape=shape, weights=WeightFormat.BF16, source="")
 
 
 def test_shape_with_more_experts_than_a_header_can_list_is_refused_at_once(empty: Path) -> None:
@@ -172,7 +174,7 @@ SCRIPT = """
     import msgspec, torch
     from localmoe.core.errors import ModelBuildError
     from localmoe.core.model import ExpertId, ModelShape, WeightFormat
-    from localmoe.formats.store import StoreWriter
+    from localmoe.formats.store_writer import StoreWriter
 
     store_path, action, shape = Path(sys.argv[1]), sys.argv[2], msgspec.json.decode(sys.argv[3], type=ModelShape)
     if action == "limit":

@@ -43,6 +43,8 @@ def state(**fields: int) -> EngineState:
         "prefix_cache_queries": 100,
         "prefix_cache_hits": 40,
         "num_preemptions": 1,
+        "num_draft_tokens": 12,
+        "num_accepted_tokens": 9,
     }
     return EngineState(model="m", **{**values, **fields})
 
@@ -84,6 +86,8 @@ def test_engine_states() -> None:
     assert found["vllm:prefix_cache_queries_total", MODEL] == 150
     assert found["vllm:prefix_cache_hits_total", MODEL] == 40
     assert found["localmoe_preemptions_total", MODEL] == 1
+    assert found["vllm:spec_decode_num_draft_tokens_total", MODEL] == 12
+    assert found["vllm:spec_decode_num_accepted_tokens_total", MODEL] == 9
 
 
 def test_counters_go_on_when_an_engine_begins_anew() -> None:

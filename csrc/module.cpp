@@ -1,0 +1,289 @@
+// The extension module localmoe._cpu: checks what Python passes, lets go of the interpreter lock, computes.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "levels.hpp"
+#include "runtime.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace localmoe {
+namespace {
+
+template <class T, int dimensions>
+using Array = nb::ndarray<T, nb::numpy, nb::ndim<dimensions>, nb::c_contig, nb::device::cpu>;
+using Floats = Array<float, 2>;
+using ConstFloats = Array<const float, 2>;
+using Vector = Array<const float, 1>;
+using Bytes = Array<const uint8_t, 1>;
+using Ids = Array<const int32_t, 1>;
+
+constexpr size_t kMaxTopK = 64;
+
+void require(bool condition, const char* what) {
+    if (!condition) throw std::invalid_argument(what);
+}
+
+Format parse_format(const std::string& name) {
+    if (name == "mxfp4") return Format::kMxfp4;
+    if (name == "nvfp4") return Format::kNvfp4;
+    if (name == "int8") return Format::kInt8;
+    if (name == "bf16") return Format::kBf16;
+    if (name == "f32") return Format::kF32;
+    throw std::invalid_argument("the format is none of mxfp4, nvfp4, int8, bf16, f32");
+}
+
+// The bound classes hold the arrays that their pointers point into.
+
+struct BoundMatrix : Matrix {
+    BoundMatrix(const std::string& name, size_t num_rows, size_t num_columns, Bytes value_bytes, Bytes scale_bytes,
+                float scale)
+        : Matrix{parse_format(name), num_rows, num_columns, value_bytes.data(), scale_bytes.data(), scale},
+          owners{value_bytes, scale_bytes} {
+        require(rows > 0 && columns > 0, "a matrix has at least one row and one column");
+        require(!is_quantized(format) || columns % kBlock == 0,
+                "32 must divide the columns of a quantised matrix");
+        require(value_bytes.size() == num_groups() * group_values_bytes(), "the values have another size");
+        require(scale_bytes.size() == num_groups() * group_scales_bytes(), "the scales have another size");
+    }
+
+    std::vector<Bytes> owners;
+};
+
+struct BoundAttention : AttentionWeights {
+    BoundAttention(Vector norm_D, const BoundMatrix& q_, const BoundMatrix& k_, const BoundMatrix& v_,
+                   const BoundMatrix& o_, std::optional<Vector> q_norm_, std::optional<Vector> k_norm_,
+                   size_t heads, size_t kv_heads, float eps_)
+        : AttentionWeights{norm_D.data(),   q_,  k_, v_, o_, nullptr, nullptr, QkNorm::kNone, heads,
+                           q_.rows / heads, eps_},
+          matrices{q_, k_, v_, o_},
+          vectors{norm_D},
+          num_kv_heads(kv_heads) {
+        require(kv_heads > 0 && heads % kv_heads == 0 && q.rows == heads * head_dim, "the heads do not divide");
+        require(head_dim % 2 == 0, "the head size is odd");
+        require(k.rows == kv_heads * head_dim && v.rows == k.rows && o.columns == q.rows, "q, k, v, o do not fit");
+        require(
+            k.columns == q.columns && v.columns == q.columns && o.rows == q.columns && norm_D.size() == q.columns,
+            "the hidden sizes differ");
+        require(k.format == q.format && v.format == q.format, "q, k and v have different formats");
+        require(q_norm_.has_value() == k_norm_.has_value(), "q_norm and k_norm come together");
+        if (!q_norm_) return;
+        const bool by_head = q_norm_->size() == head_dim && k_norm_->size() == head_dim;
+        require(by_head || (q_norm_->size() == q.rows && k_norm_->size() == k.rows),
+                "q_norm or k_norm does not fit");
+        qk_norm = by_head ? QkNorm::kHead : QkNorm::kProjection;
+        q_norm = q_norm_->data();
+        k_norm = k_norm_->data();
+        vectors.push_back(*q_norm_);
+        vectors.push_back(*k_norm_);
+    }
+
+    std::vector<BoundMatrix> matrices;
+    std::vector<Vector> vectors;
+    size_t num_kv_heads;
+};
+
+struct BoundExperts {
+    explicit BoundExperts(const std::vector<std::tuple<BoundMatrix, BoundMatrix, BoundMatrix>>& matrices) {
+        require(!matrices.empty(), "there is no expert");
+        for (const auto& [gate, up, down] : matrices) {
+            experts.push_back({gate, up, down});
+            owners.insert(owners.end(), {gate, up, down});
+            const Matrix& first = experts[0].gate;
+            require(gate.rows == first.rows && gate.columns == first.columns && up.rows == first.rows &&
+                        up.columns == first.columns && down.rows == first.columns && down.columns == first.rows &&
+                        gate.format == first.format && up.format == first.format && down.format == first.format,
+                    "the experts' matrices do not fit together");
+        }
+    }
+
+    std::vector<Expert> experts;
+    std::vector<BoundMatrix> owners;
+};
+
+struct BoundRuntime : Runtime {
+    using Runtime::Runtime;
+
+    void embed(const BoundMatrix& matrix, Ids ids, Floats out) {
+        require(out.shape(0) == ids.size() && out.shape(1) == matrix.columns, "out is not [ids, columns]");
+        for (size_t i = 0; i < ids.size(); ++i) {
+            require(ids.data()[i] >= 0 && static_cast<size_t>(ids.data()[i]) < matrix.rows,
+                    "an id is out of range");
+        }
+        const nb::gil_scoped_release release;
+        Runtime::embed(matrix, ids.data(), ids.size(), out.data());
+    }
+
+    void linear(const BoundMatrix& matrix, ConstFloats x, Floats out) {
+        require(x.shape(1) == matrix.columns && out.shape(1) == matrix.rows && out.shape(0) == x.shape(0),
+                "x or out does not fit the matrix");
+        const nb::gil_scoped_release release;
+        Runtime::linear(matrix, x.data(), x.shape(0), out.data());
+    }
+
+    void logits(Vector norm, float eps, const BoundMatrix& head, ConstFloats x, Floats out) {
+        require(norm.size() == head.columns && x.shape(1) == head.columns && out.shape(1) == head.rows &&
+                    out.shape(0) == x.shape(0),
+                "norm, x or out does not fit the head");
+        const nb::gil_scoped_release release;
+        Runtime::logits(norm.data(), eps, head, x.data(), x.shape(0), out.data());
+    }
+
+    // Keys and values as bytes [N, bytes of a block]; float or bfloat16 follows from the size.
+    void attention(const BoundAttention& weights, Array<uint8_t, 2> keys, Array<uint8_t, 2> values, bool bf16,
+                   size_t block_tokens, Array<const int32_t, 2> spans, Array<const int32_t, 2> tables,
+                   Array<const int64_t, 1> slots, ConstFloats cosines, ConstFloats sines, Floats x) {
+        const size_t T = x.shape(0), d = weights.head_dim, G = weights.num_kv_heads;
+        const size_t block_bytes = G * d * block_tokens * (bf16 ? 2 : 4);
+        require(block_tokens % 16 == 0 && block_tokens > 0, "16 must divide the tokens of a block");
+        require(keys.shape(1) == block_bytes && values.shape(1) == block_bytes && keys.shape(0) == values.shape(0),
+                "the cache does not fit the heads");
+        require(x.shape(1) == weights.q.columns && slots.size() == T, "x or slots does not fit");
+        require(
+            cosines.shape(0) == T && sines.shape(0) == T && cosines.shape(1) == d / 2 && sines.shape(1) == d / 2,
+            "the angles are not [T, d / 2]");
+        require(spans.shape(1) == 3 && tables.shape(0) == spans.shape(0),
+                "spans are not [S, 3], tables not [S, N]");
+        const size_t num_blocks = keys.shape(0), width = tables.shape(1);
+        for (size_t t = 0; t < T; ++t) {
+            const int64_t slot = slots.data()[t];
+            require(slot >= 0 && static_cast<size_t>(slot) < num_blocks * block_tokens,
+                    "a slot is not in the cache");
+        }
+        Step step{T, {}, slots.data(), cosines.data(), sines.data()};
+        for (size_t s = 0; s < spans.shape(0); ++s) {
+            const int32_t* span = spans.data() + 3 * s;
+            const int32_t* table = tables.data() + s * width;
+            require(span[0] >= 0 && span[1] > 0 && span[2] >= 0 && static_cast<size_t>(span[0] + span[1]) <= T,
+                    "a span is not in the batch");
+            const size_t length = static_cast<size_t>(span[2]) + static_cast<size_t>(span[1]);
+            const size_t used = (length + block_tokens - 1) / block_tokens;
+            require(used <= width, "a block table is too short");
+            for (size_t i = 0; i < used; ++i) {
+                require(table[i] >= 0 && static_cast<size_t>(table[i]) < num_blocks,
+                        "a block is not in the cache");
+            }
+            step.spans.push_back(
+                {static_cast<size_t>(span[0]), static_cast<size_t>(span[1]), static_cast<size_t>(span[2]), table});
+        }
+        const Cache cache{keys.data(), values.data(), bf16, G, d, block_tokens};
+        const nb::gil_scoped_release release;
+        Runtime::attention(weights, cache, step, x.data());
+    }
+
+    void route(Vector norm, float eps, const BoundMatrix& router, bool normalize, ConstFloats x, Floats h,
+               Array<int32_t, 2> ids, Floats weights) {
+        const size_t T = x.shape(0), D = router.columns;
+        require(norm.size() == D && x.shape(1) == D && h.shape(0) == T && h.shape(1) == D,
+                "norm, x or h does not fit");
+        require(ids.shape(0) == T && weights.shape(0) == T && ids.shape(1) == weights.shape(1), "not [T, K]");
+        require(ids.shape(1) >= 1 && ids.shape(1) <= std::min(router.rows, kMaxTopK), "top_k is out of range");
+        const nb::gil_scoped_release release;
+        Runtime::route(norm.data(), eps, router, ids.shape(1), normalize, x.data(), T, h.data(), ids.data(),
+                       weights.data());
+    }
+
+    void norm(Vector weight, float eps, ConstFloats x, Floats h) {
+        require(x.shape(1) == weight.size() && h.shape(0) == x.shape(0) && h.shape(1) == x.shape(1),
+                "h does not fit");
+        const nb::gil_scoped_release release;
+        Runtime::norm(weight.data(), eps, x.data(), x.shape(0), x.shape(1), h.data());
+    }
+
+    void moe(const BoundExperts& bound, ConstFloats h, Array<const int32_t, 2> ids, ConstFloats weights,
+             Floats x) {
+        const size_t T = h.shape(0), D = bound.experts[0].gate.columns;
+        require(T > 0 && h.shape(1) == D && x.shape(0) == T && x.shape(1) == D, "h or x is not [T, D]");
+        require(ids.shape(0) == T && weights.shape(0) == T && ids.shape(1) == weights.shape(1), "not [T, K]");
+        require(ids.shape(1) >= 1 && ids.shape(1) <= kMaxTopK, "top_k is out of range");
+        for (size_t i = 0; i < ids.size(); ++i) {
+            require(ids.data()[i] >= 0 && static_cast<size_t>(ids.data()[i]) < bound.experts.size(),
+                    "an expert id is out of range");
+        }
+        const nb::gil_scoped_release release;
+        Runtime::moe(bound.experts, h.data(), ids.data(), weights.data(), T, ids.shape(1), x.data());
+    }
+
+    void draw(ConstFloats logits, Vector temperatures, Ids top_k, Vector top_p, Vector min_p,
+              Array<const double, 1> uniforms, Array<int32_t, 1> ids) {
+        const size_t S = logits.shape(0);
+        require(logits.shape(1) > 0 && temperatures.size() == S && top_k.size() == S && top_p.size() == S &&
+                    min_p.size() == S && uniforms.size() == S && ids.size() == S,
+                "logits are not [S, V], or something else is not [S]");
+        std::vector<Filter> filters(S);
+        for (size_t i = 0; i < S; ++i) filters[i] = {top_k.data()[i], top_p.data()[i], min_p.data()[i]};
+        const nb::gil_scoped_release release;
+        Runtime::draw(logits.data(), S, logits.shape(1), temperatures.data(), filters.data(), uniforms.data(),
+                      ids.data());
+    }
+
+    uint64_t read(Bytes data) {
+        const nb::gil_scoped_release release;
+        return Runtime::read(data.data(), data.size());
+    }
+};
+
+BoundRuntime* make_runtime(const std::string& level, int num_threads, bool pin) {
+    require(num_threads >= 1 && num_threads <= 1024, "num_threads is not from 1 to 1024");
+    for (const Kernels* kernels : compiled_levels()) {
+        if (level == kernels->name) {
+            require(works(*kernels), "this machine does not run that level");
+            return new BoundRuntime(*kernels, num_threads, pin);
+        }
+    }
+    throw std::invalid_argument("there is no such level");
+}
+
+std::vector<std::string> working_levels() {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : compiled_levels()) {
+        if (works(*kernels)) names.emplace_back(kernels->name);
+    }
+    return names;
+}
+
+}  // namespace
+}  // namespace localmoe
+
+NB_MODULE(_cpu, m) {
+    using namespace localmoe;
+    m.doc() = "Kernels for the CPU.";
+    m.def("levels", working_levels,
+          "Levels of instructions that this machine was seen to compute with, lowest first.");
+    nb::class_<BoundMatrix>(m, "Matrix")
+        .def(nb::init<const std::string&, size_t, size_t, Bytes, Bytes, float>(), "format"_a, "rows"_a,
+             "columns"_a, "values"_a, "scales"_a, "tensor_scale"_a);
+    nb::class_<BoundAttention>(m, "Attention")
+        .def(nb::init<Vector, const BoundMatrix&, const BoundMatrix&, const BoundMatrix&, const BoundMatrix&,
+                      std::optional<Vector>, std::optional<Vector>, size_t, size_t, float>(),
+             "norm"_a, "q"_a, "k"_a, "v"_a, "o"_a, "q_norm"_a.none(), "k_norm"_a.none(), "num_heads"_a,
+             "num_kv_heads"_a, "eps"_a);
+    nb::class_<BoundExperts>(m, "Experts")
+        .def(nb::init<const std::vector<std::tuple<BoundMatrix, BoundMatrix, BoundMatrix>>&>(), "matrices"_a);
+    nb::class_<BoundRuntime>(m, "Runtime")
+        .def(nb::new_(&make_runtime), "level"_a, "num_threads"_a, "pin"_a = false)
+        .def_prop_ro("level", &BoundRuntime::level)
+        .def_prop_ro("num_threads", &BoundRuntime::num_threads)
+        .def("embed", &BoundRuntime::embed, "matrix"_a, "ids"_a, "out"_a)
+        .def("linear", &BoundRuntime::linear, "matrix"_a, "x"_a, "out"_a)
+        .def("logits", &BoundRuntime::logits, "norm"_a, "eps"_a, "head"_a, "x"_a, "out"_a)
+        .def("attention", &BoundRuntime::attention, "weights"_a, "keys"_a, "values"_a, "bf16"_a, "block_tokens"_a,
+             "spans"_a, "tables"_a, "slots"_a, "cosines"_a, "sines"_a, "x"_a)
+        .def("route", &BoundRuntime::route, "norm"_a, "eps"_a, "router"_a, "normalize"_a, "x"_a, "h"_a, "ids"_a,
+             "weights"_a)
+        .def("norm", &BoundRuntime::norm, "weight"_a, "eps"_a, "x"_a, "h"_a)
+        .def("moe", &BoundRuntime::moe, "experts"_a, "h"_a, "ids"_a, "weights"_a, "x"_a)
+        .def("draw", &BoundRuntime::draw, "logits"_a, "temperatures"_a, "top_k"_a, "top_p"_a, "min_p"_a,
+             "uniforms"_a, "ids"_a)
+        .def("read", &BoundRuntime::read, "data"_a);
+}

@@ -1,0 +1,98 @@
+#include "pool.hpp"
+
+#include <pthread.h>
+#include <sched.h>
+
+namespace localmoe {
+namespace {
+
+// About 50 microseconds: longer than a phase, shorter than anything a person or another process would notice.
+constexpr int kSpins = 2000;
+
+void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+// Returns once `word` is no longer `old`.
+void wait_while(const std::atomic<uint32_t>& word, uint32_t old) {
+    for (int i = 0; i < kSpins; ++i) {
+        if (word.load(std::memory_order_acquire) != old) return;
+        pause();
+    }
+    while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
+}
+
+std::vector<int> allowed_processors() {
+    std::vector<int> processors;
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) {
+        for (int i = 0; i < CPU_SETSIZE; ++i) {
+            if (CPU_ISSET(i, &set)) processors.push_back(i);
+        }
+    }
+    return processors;
+}
+
+void pin_to(int processor) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(processor, &set);
+    // A refusal costs speed only.
+    (void)pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+}
+
+}  // namespace
+
+Pool::Pool(int num_threads, bool pin) : num_threads_(num_threads) {
+    if (pin) processors_ = allowed_processors();
+    for (int thread = 1; thread < num_threads; ++thread) threads_.emplace_back([this, thread] { work(thread); });
+}
+
+Pool::~Pool() {
+    stopping_ = true;
+    epoch_.fetch_add(1, std::memory_order_release);
+    epoch_.notify_all();
+    for (auto& thread : threads_) thread.join();
+}
+
+void Pool::start(Entry entry, void* context) {
+    if (!processors_.empty() && !caller_pinned_) {
+        pin_to(processors_[0]);
+        caller_pinned_ = true;
+    }
+    entry_ = entry;
+    context_ = context;
+    if (num_threads_ > 1) {
+        epoch_.fetch_add(1, std::memory_order_release);
+        epoch_.notify_all();
+    }
+    entry(context, 0);
+    barrier();
+}
+
+void Pool::work(int thread) {
+    if (!processors_.empty()) pin_to(processors_[thread % processors_.size()]);
+    for (uint32_t seen = 0;;) {
+        wait_while(epoch_, seen);
+        ++seen;
+        if (stopping_) return;
+        entry_(context_, thread);
+        barrier();
+    }
+}
+
+void Pool::barrier() {
+    if (num_threads_ == 1) return;
+    const uint32_t epoch = barrier_epoch_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(num_threads_)) {
+        arrived_.store(0, std::memory_order_relaxed);
+        barrier_epoch_.fetch_add(1, std::memory_order_release);
+        barrier_epoch_.notify_all();
+    } else {
+        wait_while(barrier_epoch_, epoch);
+    }
+}
+
+}  // namespace localmoe

@@ -1,0 +1,70 @@
+// Threads that compute one operation together.
+//
+// `run` hands the same function to every thread, the caller being thread 0, and returns when all have left it.
+// Inside, threads take work items from shared counters, so that a thread the system holds up delays nobody by more
+// than one item, and meet at barriers between the phases of an operation. Phases last microseconds: who waits
+// spins first and sleeps in the kernel after that, so that an idle engine costs nothing.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <thread>
+#include <vector>
+
+namespace localmoe {
+
+class Pool {
+public:
+    // num_threads >= 1. With `pin`, thread i stays on the i-th processor the process may use; the caller is not
+    // pinned until it first runs something.
+    Pool(int num_threads, bool pin);
+    ~Pool();
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+
+    int num_threads() const { return num_threads_; }
+
+    // Calls function(thread index) on all threads at once.
+    template <class Function>
+    void run(Function&& function) {
+        start([](void* context, int thread) { (*static_cast<Function*>(context))(thread); }, &function);
+    }
+
+    // Within `run`: waits until every thread has come here.
+    void barrier();
+
+private:
+    using Entry = void (*)(void*, int);
+
+    void start(Entry entry, void* context);
+    void work(int thread);
+
+    const int num_threads_;
+    std::vector<int> processors_;  // empty: not pinned
+    bool caller_pinned_ = false;
+    Entry entry_ = nullptr;
+    void* context_ = nullptr;
+    alignas(64) std::atomic<uint32_t> epoch_{0};
+    alignas(64) std::atomic<uint32_t> arrived_{0};
+    alignas(64) std::atomic<uint32_t> barrier_epoch_{0};
+    std::atomic<bool> stopping_{false};
+    std::vector<std::thread> threads_;
+};
+
+// Hands out items 0..count-1 of one phase. Each phase of an operation has a counter of its own, made before `run`.
+class Items {
+public:
+    explicit Items(size_t count) : count_(count) {}
+
+    // The next item, or false when all are taken.
+    bool take(size_t& item) {
+        item = next_.fetch_add(1, std::memory_order_relaxed);
+        return item < count_;
+    }
+
+private:
+    const size_t count_;
+    alignas(64) std::atomic<size_t> next_{0};
+};
+
+}  // namespace localmoe

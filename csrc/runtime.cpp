@@ -1,0 +1,447 @@
+#include "runtime.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+namespace localmoe {
+namespace {
+
+// Row groups taken at once: some hundred kilobytes, so that taking them costs nothing and no thread waits long.
+constexpr size_t kGroupsPerItem = 4;
+
+size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+
+size_t items_of(const Matrix& matrix) { return ceil_div(matrix.num_groups(), kGroupsPerItem); }
+
+float half_to_float(uint16_t half) {
+    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, rest = half & 0x7FFF;
+    float value;
+    if (rest >= 0x7C00) {
+        const uint32_t bits = sign | 0x7F800000 | (rest & 0x3FF) << 13;
+        std::memcpy(&value, &bits, 4);
+    } else {
+        // Multiplying shifts the exponent and makes subnormals normal, exactly.
+        const uint32_t bits = rest << 13;
+        std::memcpy(&value, &bits, 4);
+        value = sign ? -value * 0x1p112f : value * 0x1p112f;
+    }
+    return value;
+}
+
+float e8m0_to_float(uint8_t code) { return std::ldexp(1.0f, code - 127); }
+
+float e4m3_to_float(uint8_t code) { return half_to_float(static_cast<uint16_t>(code << 7)) * 256.0f; }
+
+float bf16_to_float(uint16_t code) {
+    const uint32_t bits = static_cast<uint32_t>(code) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+template <class T>
+T load(const uint8_t* p) {
+    T value;
+    std::memcpy(&value, p, sizeof value);
+    return value;
+}
+
+void read_row(const Matrix& m, size_t row, float* out) {
+    constexpr float kE2m1[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -.5f, -1, -1.5f, -2, -3, -4, -6};
+    const size_t r = row % kRowGroup;
+    const uint8_t* values = m.values + row / kRowGroup * m.group_values_bytes();
+    const uint8_t* scales = m.scales + row / kRowGroup * m.group_scales_bytes();
+    for (size_t c = 0; c < m.columns; ++c) {
+        switch (m.format) {
+            case Format::kMxfp4:
+            case Format::kNvfp4: {
+                const uint8_t byte = values[c / 32 * 256 + c % 32 / 8 * 64 + r * 4 + c % 4];
+                const float value = kE2m1[c % 8 < 4 ? byte & 15 : byte >> 4];
+                out[c] = m.format == Format::kMxfp4
+                             ? value * e8m0_to_float(scales[c / 32 * 16 + r])
+                             : value * e4m3_to_float(scales[c / 16 * 16 + r]) * m.tensor_scale;
+                break;
+            }
+            case Format::kInt8:
+                out[c] = static_cast<float>(values[c / 4 * 64 + r * 4 + c % 4] - 128) *
+                         half_to_float(load<uint16_t>(scales + (c / 32 * 16 + r) * 2));
+                break;
+            case Format::kBf16:
+                out[c] = bf16_to_float(load<uint16_t>(values + (c / 2 * 32 + r * 2 + c % 2) * 2));
+                break;
+            default:
+                out[c] = load<float>(values + (c * 16 + r) * 4);
+        }
+    }
+}
+
+// The k largest logits, equal ones in order of id, and their shares of the softmax over all.
+void choose_experts(const float* logits, size_t num_experts, size_t top_k, bool normalize, int32_t* ids,
+                    float* weights) {
+    for (size_t k = 0; k < top_k; ++k) {
+        size_t best = num_experts;
+        for (size_t e = 0; e < num_experts; ++e) {
+            const bool better = best == num_experts || logits[e] > logits[best];
+            if (better && std::find(ids, ids + k, static_cast<int32_t>(e)) == ids + k) best = e;
+        }
+        ids[k] = static_cast<int32_t>(best);
+    }
+    const float most = logits[ids[0]];
+    float total = 0.0f, chosen = 0.0f;
+    for (size_t e = 0; e < num_experts; ++e) total += std::exp(logits[e] - most);
+    for (size_t k = 0; k < top_k; ++k) chosen += weights[k] = std::exp(logits[ids[k]] - most) / total;
+    if (normalize) {
+        for (size_t k = 0; k < top_k; ++k) weights[k] /= chosen;
+    }
+}
+
+}  // namespace
+
+void Runtime::Packed::resize(size_t count, size_t columns, Format format) {
+    weights = format;
+    tokens.count = count;
+    tokens.columns = columns;
+    if (is_quantized(format)) {
+        const size_t blocks = columns / kBlock;
+        tokens.codes = codes.get((count + 16) * columns / 4);  // room for a tile to read on
+        tokens.scales = scales.get(count * blocks);
+        tokens.bias = bias.get(count * blocks * spans_per_block(format));
+    } else {
+        tokens.values = values.get(count * (columns + columns % 2));
+    }
+}
+
+Tokens Runtime::Packed::from(size_t first, size_t count) const {
+    Tokens part = tokens;
+    part.count = count;
+    if (is_quantized(weights)) {
+        const size_t blocks = tokens.columns / kBlock;
+        part.codes += first * tokens.columns / 4;
+        part.scales += first * blocks;
+        part.bias += first * blocks * spans_per_block(weights);
+    } else {
+        part.values += first * (tokens.columns + (weights == Format::kBf16 ? tokens.columns % 2 : 0));
+    }
+    return part;
+}
+
+// Packs rows [first, first + count) of `packed`, one token group.
+void Runtime::pack(Packed& packed, size_t first, size_t count, const Row* rows) {
+    const Tokens group = packed.from(first, count);
+    const size_t columns = packed.tokens.columns;
+    if (!is_quantized(packed.weights)) {
+        auto* values = const_cast<float*>(group.values);
+        for (size_t c = 0; c < columns; ++c) {
+            for (size_t t = 0; t < count; ++t) values[c * count + t] = rows[t].values[c];
+        }
+        if (packed.weights == Format::kBf16 && columns % 2) std::fill_n(values + columns * count, count, 0.0f);
+        return;
+    }
+    const size_t blocks = columns / kBlock, spans = blocks * spans_per_block(packed.weights);
+    auto* codes = const_cast<int32_t*>(group.codes);
+    auto* scales = const_cast<float*>(group.scales);
+    auto* bias = const_cast<int32_t*>(group.bias);
+    if (kernels_.tile_tokens != 0 && count >= kernels_.tile_tokens) {
+        for (size_t t = 0; t < count; ++t) std::memcpy(codes + t * columns / 4, rows[t].codes, columns);
+    } else {
+        for (size_t t = 0; t < count; ++t) {
+            for (size_t c = 0; c < columns / 4; ++c) codes[c * count + t] = rows[t].codes[c];
+        }
+    }
+    for (size_t t = 0; t < count; ++t) {
+        for (size_t b = 0; b < blocks; ++b) scales[b * count + t] = rows[t].scales[b];
+        for (size_t s = 0; s < spans; ++s) bias[s * count + t] = rows[t].bias[s];
+    }
+}
+
+// Packs the tokens of one group from float rows, normed first if there is a norm.
+void Runtime::quantize_and_pack(Packed& packed, size_t group, const float* x, size_t stride,
+                                ThreadScratch& scratch, const float* norm, float eps) {
+    const size_t columns = packed.tokens.columns;
+    const size_t first = group * kernels_.token_group;
+    const size_t count = std::min(kernels_.token_group, packed.tokens.count - first);
+    const size_t blocks = columns / kBlock, spans = blocks * spans_per_block(packed.weights);
+    float* normed = norm ? scratch.rows.get(kernels_.token_group * columns) : nullptr;
+    auto* codes = scratch.codes.get(kernels_.token_group * columns / 4 + 1);
+    auto* scales = scratch.scales.get(kernels_.token_group * blocks + 1);
+    auto* bias = scratch.bias.get(kernels_.token_group * spans + 1);
+    Row rows[64];
+    for (size_t t = 0; t < count; ++t) {
+        const float* row = x + (first + t) * stride;
+        if (norm) {
+            kernels_.rms_norm(row, norm, columns, eps, normed + t * columns);
+            row = normed + t * columns;
+        }
+        rows[t] = {codes + t * columns / 4, scales + t * blocks, bias + t * spans, row};
+        if (is_quantized(packed.weights)) {
+            kernels_.quantize(row, columns, packed.weights, reinterpret_cast<int8_t*>(codes + t * columns / 4),
+                              scales + t * blocks, bias + t * spans);
+        }
+    }
+    pack(packed, first, count, rows);
+}
+
+void Runtime::run_product(const Matrix& matrix, const Tokens& tokens, Output output, Items& items,
+                          ThreadScratch& scratch) {
+    uint8_t* bytes = scratch.product.get(product_scratch_bytes(matrix.columns));
+    for (size_t item; items.take(item);) {
+        const size_t first = item * kGroupsPerItem;
+        kernels_.product(matrix, first, std::min(first + kGroupsPerItem, matrix.num_groups()), tokens, output,
+                         bytes);
+    }
+}
+
+void Runtime::embed(const Matrix& matrix, const int32_t* ids, size_t count, float* out) {
+    Items items(count);
+    pool_.run([&](int) {
+        for (size_t i; items.take(i);) read_row(matrix, static_cast<size_t>(ids[i]), out + i * matrix.columns);
+    });
+}
+
+void Runtime::linear(const Matrix& matrix, const float* x, size_t num_tokens, float* out) {
+    logits(nullptr, 0.0f, matrix, x, num_tokens, out);
+}
+
+void Runtime::logits(const float* norm, float eps, const Matrix& head, const float* x, size_t num_tokens,
+                     float* out) {
+    inputs_.resize(num_tokens, head.columns, head.format);
+    Items groups(group_count(num_tokens)), rows(items_of(head));
+    pool_.run([&](int thread) {
+        auto& scratch = threads_[static_cast<size_t>(thread)];
+        for (size_t group; groups.take(group);) {
+            quantize_and_pack(inputs_, group, x, head.columns, scratch, norm, eps);
+        }
+        pool_.barrier();
+        run_product(head, inputs_.tokens, {out, head.rows, false}, rows, scratch);
+    });
+}
+
+void Runtime::attention(const AttentionWeights& w, const Cache& cache, const Step& step, float* x) {
+    const size_t T = step.num_tokens, D = w.q.columns, d = w.head_dim, H = w.num_heads, G = cache.num_kv_heads;
+    float* q = q_.get(T * H * d);
+    float* k = k_.get(T * G * d);
+    float* v = v_.get(T * G * d);
+    float* attended = attended_.get(T * H * d);
+    inputs_.resize(T, D, w.q.format);
+    inner_.resize(T, H * d, w.o.format);
+
+    // A tile is all query heads of one key head, for as many neighbouring tokens as fit.
+    const size_t heads_per_kv = H / G;
+    const size_t tile_heads = std::min(heads_per_kv, kTileRows),
+                 tile_tokens = std::max<size_t>(1, kTileRows / tile_heads);
+    const size_t head_parts = ceil_div(heads_per_kv, tile_heads);
+    std::vector<QueryTile> tiles;
+    for (const Span& span : step.spans) {
+        // The last tokens see most keys; they go first, so that what is left at the end is short.
+        for (size_t t = ceil_div(span.num_tokens, tile_tokens); t-- > 0;) {
+            const size_t first = t * tile_tokens, count = std::min(tile_tokens, span.num_tokens - first);
+            for (size_t g = 0; g < G; ++g) {
+                for (size_t part = 0; part < head_parts; ++part) {
+                    const size_t head = g * heads_per_kv + part * tile_heads;
+                    const size_t heads = std::min(tile_heads, heads_per_kv - part * tile_heads);
+                    const size_t offset = (span.first_row + first) * H * d + head * d;
+                    tiles.push_back({q + offset, attended + offset, H * d, count, heads, g,
+                                     span.first_position + first, span.block_table});
+                }
+            }
+        }
+    }
+    Items groups(group_count(T)), q_items(items_of(w.q)), k_items(items_of(w.k)), v_items(items_of(w.v)),
+        tokens(T), tile_items(tiles.size()), out_groups(group_count(T)), out_items(items_of(w.o));
+    pool_.run([&](int thread) {
+        auto& scratch = threads_[static_cast<size_t>(thread)];
+        for (size_t group; groups.take(group);) quantize_and_pack(inputs_, group, x, D, scratch, w.norm, w.eps);
+        pool_.barrier();
+        run_product(w.q, inputs_.tokens, {q, H * d, false}, q_items, scratch);
+        run_product(w.k, inputs_.tokens, {k, G * d, false}, k_items, scratch);
+        run_product(w.v, inputs_.tokens, {v, G * d, false}, v_items, scratch);
+        pool_.barrier();
+        for (size_t t; tokens.take(t);) {
+            const auto finish = [&](float* row, size_t heads, const float* norm) {
+                if (w.qk_norm == QkNorm::kProjection) kernels_.rms_norm(row, norm, heads * d, w.eps, row);
+                for (size_t head = 0; head < heads; ++head) {
+                    float* place = row + head * d;
+                    if (w.qk_norm == QkNorm::kHead) kernels_.rms_norm(place, norm, d, w.eps, place);
+                    kernels_.rotate(place, step.cosines + t * d / 2, step.sines + t * d / 2, d);
+                }
+            };
+            finish(q + t * H * d, H, w.q_norm);
+            finish(k + t * G * d, G, w.k_norm);
+            kernels_.write_kv(cache, k + t * G * d, v + t * G * d, step.slots[t]);
+        }
+        pool_.barrier();
+        float* floats = scratch.floats.get(attend_scratch_floats(d));
+        for (size_t tile; tile_items.take(tile);) kernels_.attend(cache, tiles[tile], floats);
+        pool_.barrier();
+        for (size_t group; out_groups.take(group);) {
+            quantize_and_pack(inner_, group, attended, H * d, scratch, nullptr, 0.0f);
+        }
+        pool_.barrier();
+        run_product(w.o, inner_.tokens, {x, D, true}, out_items, scratch);
+    });
+}
+
+void Runtime::route(const float* norm, float eps, const Matrix& router, size_t top_k, bool normalize,
+                    const float* x, size_t num_tokens, float* h, int32_t* ids, float* weights) {
+    const size_t D = router.columns, E = router.rows;
+    float* scores = scores_.get(num_tokens * E);
+    inputs_.resize(num_tokens, D, router.format);
+    Items groups(group_count(num_tokens)), rows(items_of(router)), tokens(num_tokens);
+    pool_.run([&](int thread) {
+        auto& scratch = threads_[static_cast<size_t>(thread)];
+        for (size_t group; groups.take(group);) {
+            const size_t first = group * kernels_.token_group;
+            for (size_t t = first; t < std::min(first + kernels_.token_group, num_tokens); ++t) {
+                kernels_.rms_norm(x + t * D, norm, D, eps, h + t * D);
+            }
+            quantize_and_pack(inputs_, group, h, D, scratch, nullptr, 0.0f);
+        }
+        pool_.barrier();
+        run_product(router, inputs_.tokens, {scores, E, false}, rows, scratch);
+        pool_.barrier();
+        for (size_t t; tokens.take(t);) {
+            choose_experts(scores + t * E, E, top_k, normalize, ids + t * top_k, weights + t * top_k);
+        }
+    });
+}
+
+void Runtime::norm(const float* weight, float eps, const float* x, size_t num_tokens, size_t columns, float* h) {
+    Items tokens(num_tokens);
+    pool_.run([&](int) {
+        for (size_t t; tokens.take(t);) kernels_.rms_norm(x + t * columns, weight, columns, eps, h + t * columns);
+    });
+}
+
+void Runtime::moe(const std::vector<Expert>& experts, const float* h, const int32_t* ids, const float* weights,
+                  size_t num_tokens, size_t top_k, float* x) {
+    const size_t num_pairs = num_tokens * top_k;
+    const Matrix& shape = experts[static_cast<size_t>(ids[0])].gate;
+    const size_t D = shape.columns, F = shape.rows, F_padded = shape.num_groups() * kRowGroup;
+    const Format format = shape.format;
+    const bool quantized = is_quantized(format);
+    const size_t blocks = D / kBlock, spans = blocks * spans_per_block(format);
+
+    // Pairs (token, slot) in order of expert; each expert's run starts a token group of its own.
+    struct Run {
+        const Expert* expert;
+        size_t first, count;
+    };
+    std::vector<size_t> starts(experts.size() + 1), pairs(num_pairs);
+    for (size_t i = 0; i < num_pairs; ++i) ++starts[static_cast<size_t>(ids[i]) + 1];
+    for (size_t e = 0; e < experts.size(); ++e) starts[e + 1] += starts[e];
+    std::vector<Run> runs;
+    for (size_t e = 0; e < experts.size(); ++e) {
+        if (starts[e + 1] > starts[e]) runs.push_back({&experts[e], starts[e], starts[e + 1] - starts[e]});
+    }
+    for (size_t i = 0; i < num_pairs; ++i) pairs[starts[static_cast<size_t>(ids[i])]++] = i;
+
+    struct Group {
+        size_t first, count;
+    };
+    std::vector<Group> groups;
+    for (const Run& run : runs) {
+        for (size_t first = 0; first < run.count; first += kernels_.token_group) {
+            groups.push_back({run.first + first, std::min(kernels_.token_group, run.count - first)});
+        }
+    }
+    inputs_.resize(num_pairs, D, format);
+    inner_.resize(num_pairs, F, format);
+    float* hidden = hidden_.get(num_pairs * F_padded);
+    float* expert_out = expert_out_.get(num_pairs * D);
+    auto* codes = row_codes_.get(num_tokens * D / 4 + 1);
+    auto* scales = row_scales_.get(num_tokens * blocks + 1);
+    auto* bias = row_bias_.get(num_tokens * spans + 1);
+
+    const size_t up_items = ceil_div(shape.num_groups(), kGroupsPerItem),
+                 down_items = ceil_div(ceil_div(D, kRowGroup), kGroupsPerItem);
+    std::vector<size_t> place_of(num_pairs);
+    for (size_t i = 0; i < num_pairs; ++i) place_of[pairs[i]] = i;
+    Items rows(quantized ? num_tokens : 0), in_groups(groups.size()), ups(runs.size() * up_items),
+        h_groups(groups.size()), downs(runs.size() * down_items), tokens(num_tokens);
+    pool_.run([&](int thread) {
+        auto& scratch = threads_[static_cast<size_t>(thread)];
+        uint8_t* bytes = scratch.product.get(product_scratch_bytes(std::max(D, F)));
+        for (size_t t; rows.take(t);) {
+            kernels_.quantize(h + t * D, D, format, reinterpret_cast<int8_t*>(codes + t * D / 4),
+                              scales + t * blocks, bias + t * spans);
+        }
+        pool_.barrier();
+        for (size_t g; in_groups.take(g);) {
+            Row packed[64];
+            for (size_t i = 0; i < groups[g].count; ++i) {
+                const size_t t = pairs[groups[g].first + i] / top_k;
+                packed[i] = {codes + t * D / 4, scales + t * blocks, bias + t * spans, h + t * D};
+            }
+            pack(inputs_, groups[g].first, groups[g].count, packed);
+        }
+        pool_.barrier();
+        for (size_t item; ups.take(item);) {
+            const Run& run = runs[item / up_items];
+            const size_t first = item % up_items * kGroupsPerItem;
+            kernels_.gate_up(
+                run.expert->gate, run.expert->up, first, std::min(first + kGroupsPerItem, shape.num_groups()),
+                inputs_.from(run.first, run.count), {hidden + run.first * F_padded, F_padded, false}, bytes);
+        }
+        pool_.barrier();
+        for (size_t g; h_groups.take(g);) {
+            Row packed[64];
+            auto* h_codes = scratch.codes.get(kernels_.token_group * F / 4 + 1);
+            auto* h_scales = scratch.scales.get(kernels_.token_group * F / kBlock + 1);
+            const size_t h_spans = F / kBlock * spans_per_block(format);
+            auto* h_bias = scratch.bias.get(kernels_.token_group * h_spans + 1);
+            for (size_t i = 0; i < groups[g].count; ++i) {
+                const float* row = hidden + (groups[g].first + i) * F_padded;
+                packed[i] = {h_codes + i * F / 4, h_scales + i * (F / kBlock), h_bias + i * h_spans, row};
+                if (quantized) {
+                    kernels_.quantize(row, F, format, reinterpret_cast<int8_t*>(h_codes + i * F / 4),
+                                      h_scales + i * (F / kBlock), h_bias + i * h_spans);
+                }
+            }
+            pack(inner_, groups[g].first, groups[g].count, packed);
+        }
+        pool_.barrier();
+        for (size_t item; downs.take(item);) {
+            const Run& run = runs[item / down_items];
+            const size_t first = item % down_items * kGroupsPerItem;
+            kernels_.product(run.expert->down, first,
+                             std::min(first + kGroupsPerItem, run.expert->down.num_groups()),
+                             inner_.from(run.first, run.count), {expert_out + run.first * D, D, false}, bytes);
+        }
+        pool_.barrier();
+        for (size_t t; tokens.take(t);) {
+            const float* parts[64];
+            for (size_t k = 0; k < top_k; ++k) parts[k] = expert_out + place_of[t * top_k + k] * D;
+            kernels_.weighted_sum(parts, weights + t * top_k, top_k, D, x + t * D);
+        }
+    });
+}
+
+void Runtime::draw(const float* logits, size_t num_rows, size_t size, const float* temperatures,
+                   const Filter* filters, const double* uniforms, int32_t* ids) {
+    Items rows(num_rows);
+    pool_.run([&](int thread) {
+        auto& scratch = threads_[static_cast<size_t>(thread)];
+        float* weights = scratch.rows.get(size);
+        for (size_t row; rows.take(row);) {
+            ids[row] = kernels_.soften(logits + row * size, size, temperatures[row], weights);
+            if (ids[row] >= 0 && temperatures[row] > 0.0f) {
+                ids[row] = localmoe::draw(weights, size, filters[row], uniforms[row], scratch.candidates);
+            }
+        }
+    });
+}
+
+uint64_t Runtime::read(const uint8_t* data, size_t num_bytes) {
+    constexpr size_t kPiece = 1 << 20;
+    Items items(ceil_div(num_bytes, kPiece));
+    std::atomic<uint64_t> sum{0};
+    pool_.run([&](int) {
+        for (size_t i; items.take(i);)
+            sum += kernels_.read(data + i * kPiece, std::min(kPiece, num_bytes - i * kPiece));
+    });
+    return sum;
+}
+
+}  // namespace localmoe

@@ -1,0 +1,155 @@
+// The operations of a decoder on many threads: divides the work of `kernels.hpp` among a pool.
+//
+// Every operation is one call: the threads go through its phases together and meet between them. Rows of weights
+// are shared out, sums never are, so results do not depend on the number of threads.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "kernels.hpp"
+#include "pool.hpp"
+#include "sampling.hpp"
+
+namespace localmoe {
+
+enum class QkNorm { kNone, kHead, kProjection };
+
+struct AttentionWeights {
+    const float* norm;  // [D]
+    Matrix q, k, v, o;
+    const float* q_norm;  // [d] or [H * d]; null without
+    const float* k_norm;  // [d] or [G * d]
+    QkNorm qk_norm;
+    size_t num_heads;
+    size_t head_dim;
+    float eps;
+};
+
+// One sequence's tokens in a step: rows first_row.. of the batch, positions first_position.. of the sequence.
+struct Span {
+    size_t first_row;
+    size_t num_tokens;
+    size_t first_position;
+    const int32_t* block_table;
+};
+
+struct Step {
+    size_t num_tokens;
+    std::vector<Span> spans;
+    const int64_t* slots;  // [T], block * B + offset
+    const float* cosines;  // [T][d / 2]
+    const float* sines;
+};
+
+struct Expert {
+    Matrix gate, up, down;
+};
+
+// A buffer that grows and never shrinks; contents do not survive growing.
+template <class T>
+class Scratch {
+public:
+    T* get(size_t count) {
+        if (count > capacity_) {
+            // Freed first: both would not always fit.
+            data_.reset();
+            capacity_ = 0;
+            data_.reset(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t{64})));
+            capacity_ = count;
+        }
+        return data_.get();
+    }
+
+private:
+    struct Delete {
+        void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); }
+    };
+    std::unique_ptr<T[], Delete> data_;
+    size_t capacity_ = 0;
+};
+
+class Runtime {
+public:
+    Runtime(const Kernels& kernels, int num_threads, bool pin) : kernels_(kernels), pool_(num_threads, pin) {}
+
+    const char* level() const { return kernels_.name; }
+    int num_threads() const { return pool_.num_threads(); }
+
+    // Rows of a matrix as float: out [count][columns].
+    void embed(const Matrix& matrix, const int32_t* ids, size_t count, float* out);
+
+    // out [T][rows] = x [T][columns] times the matrix transposed.
+    void linear(const Matrix& matrix, const float* x, size_t num_tokens, float* out);
+
+    // x [T][D] += o(attention(rotated, normed qkv(norm(x)))); stores the step's keys and values first.
+    void attention(const AttentionWeights& weights, const Cache& cache, const Step& step, float* x);
+
+    // h [T][D] = norm(x); the k likeliest experts of softmax(router h) and their weights, ties to the lower id.
+    void route(const float* norm, float eps, const Matrix& router, size_t top_k, bool normalize, const float* x,
+               size_t num_tokens, float* h, int32_t* ids, float* weights);
+
+    // h [T][D] = norm(x).
+    void norm(const float* weight, float eps, const float* x, size_t num_tokens, size_t columns, float* h);
+
+    // x [T][D] += sum over k of weights[t][k] * expert ids[t][k] of h [T][D].
+    void moe(const std::vector<Expert>& experts, const float* h, const int32_t* ids, const float* weights,
+             size_t num_tokens, size_t top_k, float* x);
+
+    // out [T][V] = norm(x) times the head transposed.
+    void logits(const float* norm, float eps, const Matrix& head, const float* x, size_t num_tokens, float* out);
+
+    // A token from each row of logits [S][V], -1 where one is not a finite number; temperature 0 takes the
+    // likeliest.
+    void draw(const float* logits, size_t num_rows, size_t size, const float* temperatures, const Filter* filters,
+              const double* uniforms, int32_t* ids);
+
+    // Reads a buffer with all threads.
+    uint64_t read(const uint8_t* data, size_t num_bytes);
+
+private:
+    // Inputs of one product, each group packed by whoever takes it.
+    struct Packed {
+        Scratch<int32_t> codes, bias;
+        Scratch<float> scales, values;
+        Tokens tokens;
+        Format weights;
+
+        void resize(size_t count, size_t columns, Format weights);
+        // The tokens from `first` on as if they were all; `first` is a multiple of the token group.
+        Tokens from(size_t first, size_t count) const;
+    };
+    // One token's inputs, quantised but not packed.
+    struct Row {
+        const int32_t* codes;
+        const float* scales;
+        const int32_t* bias;
+        const float* values;
+    };
+    struct ThreadScratch {
+        Scratch<uint8_t> product;
+        Scratch<float> floats;
+        Scratch<int32_t> codes, bias;
+        Scratch<float> scales, rows;
+        std::vector<float> candidates;
+    };
+
+    size_t group_count(size_t num_tokens) const {
+        return (num_tokens + kernels_.token_group - 1) / kernels_.token_group;
+    }
+    void pack(Packed& packed, size_t first, size_t count, const Row* rows);
+    void quantize_and_pack(Packed& packed, size_t group, const float* x, size_t stride, ThreadScratch& scratch,
+                           const float* norm, float eps);
+    void run_product(const Matrix& matrix, const Tokens& tokens, Output output, Items& items,
+                     ThreadScratch& scratch);
+
+    const Kernels& kernels_;
+    Pool pool_;
+    std::vector<ThreadScratch> threads_ = std::vector<ThreadScratch>(static_cast<size_t>(pool_.num_threads()));
+    Packed inputs_, inner_;
+    Scratch<float> q_, k_, v_, attended_, hidden_, expert_out_, scores_;
+    Scratch<int32_t> row_codes_, row_bias_;
+    Scratch<float> row_scales_;
+};
+
+}  // namespace localmoe

@@ -1,0 +1,65 @@
+"""Which kernels are taken, for what is asked and what the machine runs."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from localmoe.core.errors import EngineStartError
+from localmoe.kernels import select
+from localmoe.kernels.reference import ReferenceKernels
+from localmoe.kernels.select import select_kernels
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_afterwards() -> Iterator[None]:
+    """The reference sets torch's for the process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_without_the_extension_the_reference_computes_and_a_warning_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(select, "_cpu_levels", list)
+    kernels = select_kernels("auto", 1, pin=False)
+    assert isinstance(kernels, ReferenceKernels)
+    assert kernels.name == "reference, 1 threads"
+    assert torch.get_num_threads() == 1
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+def test_the_reference_can_be_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    assert isinstance(select_kernels("reference", 2, pin=False), ReferenceKernels)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("found", "named"), [(["avx2", "amx"], "avx2, amx, reference"), ([], "reference")])
+def test_a_level_that_is_not_here_is_refused_by_naming_those_that_are(
+    monkeypatch: pytest.MonkeyPatch, found: list[str], named: str
+) -> None:
+    monkeypatch.setattr(select, "_cpu_levels", lambda: found)
+    with pytest.raises(EngineStartError, match=f"'neon'.*it runs {named}$"):
+        select_kernels("neon", 1, pin=False)
+
+
+@pytest.mark.parametrize("pin", [False, True])
+def test_every_level_of_this_machine_can_be_asked_for_and_the_last_is_the_default(pin: bool) -> None:
+    cpu = pytest.importorskip("localmoe._cpu", reason="the C++ kernels were not built")
+    levels = cpu.levels()
+    for level in levels:
+        assert select_kernels(level, 3, pin=False).name == f"{level}, 3 threads"
+    if levels:
+        assert select_kernels("auto", 1, pin=pin).name == f"{levels[-1]}, 1 threads"
+
+
+def test_what_the_processor_announces_computes_rightly() -> None:
+    """A level that fails its own check at start is left out, and its tests would be."""
+    cpu = pytest.importorskip("localmoe._cpu", reason="the C++ kernels were not built")
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().partition("flags")[2].partition("\n")[0].split() if cpuinfo.exists() else []
+    announced = {"avx2", "avx_vnni", "avx512_vnni"} & {*flags} if {"avx2", "fma", "f16c"} <= {*flags} else set()
+    assert announced <= {*cpu.levels()}
