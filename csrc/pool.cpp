@@ -6,8 +6,10 @@
 namespace localmoe {
 namespace {
 
-// About 50 microseconds: longer than a phase, shorter than anything a person or another process would notice.
-constexpr int kSpins = 2000;
+// A few microseconds, as long as most waits last, and then some fifty more in which whoever else wants the
+// processor gets it: it may be the very thread that is waited for.
+constexpr int kSpins = 200;
+constexpr int kYields = 200;
 
 void pause() {
 #if defined(__x86_64__)
@@ -17,9 +19,9 @@ void pause() {
 
 // Returns once `word` is no longer `old`.
 void wait_while(const std::atomic<uint32_t>& word, uint32_t old) {
-    for (int i = 0; i < kSpins; ++i) {
+    for (int i = 0; i < kSpins + kYields; ++i) {
         if (word.load(std::memory_order_acquire) != old) return;
-        pause();
+        i < kSpins ? pause() : static_cast<void>(sched_yield());
     }
     while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, EXPERTS, TOP_K, EXPERT_SIZE, VOCAB = 2, 64, 4, 2, 16, 8, 3, 32, 96
+LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, EXPERTS, TOP_K, EXPERT_SIZE, VOCAB = 2, 64, 4, 2, 16, 16, 3, 32, 96
 
 
 def write_config(path: Path, **changed: object) -> Path:

@@ -16,6 +16,7 @@ from localmoe.catalog.building import Progress, build_lock, fresh_directory
 from localmoe.core.errors import CheckpointError, ModelBuildError, ModelFileError, ModelNotFoundError
 from localmoe.core.model import ModelShape, TensorNames, WeightFormat
 from localmoe.formats.files import MAX_FILE_BYTES, read_json_object
+from localmoe.formats.store_version import LAYOUT_VERSION, stored_version
 
 if TYPE_CHECKING:
     from localmoe.formats.checkpoint import Checkpoint
@@ -119,20 +120,31 @@ class Catalog:
         """Where a model's store of this format is, or would be. Raises ModelNotFoundError."""
         return self.path(name) / "stores" / f"{weights}.store"
 
+    def has_store(self, name: str, weights: WeightFormat) -> bool:
+        """Whether a store of this format is there that need not be made anew: one of an older layout must, where a
+        checkpoint allows it. What is wrong with it otherwise is for its reader to say.
+
+        Raises:
+            ModelNotFoundError: no such model.
+        """
+        path = self.store_path(name, weights)
+        if not path.exists():
+            return False
+        return stored_version(path) in (LAYOUT_VERSION, None) or not _has_checkpoint(self.path(name))
+
     def ensure_store(self, name: str, weights: WeightFormat, on_progress: Progress) -> Path:
-        """The model's store of this format, made from its checkpoint if it is not there yet.
+        """The model's store of this format, made from its checkpoint if it is not there yet or of an older layout.
 
         Raises:
             ModelNotFoundError: no such model.
             ModelFileError: there is neither store nor checkpoint, or the checkpoint is damaged.
             ModelBuildError: the store could not be written.
         """
-        path = self.store_path(name, weights)
-        if path.exists():
+        path, directory = self.store_path(name, weights), self.path(name)
+        if self.has_store(name, weights):
             return path
-        directory = self.path(name)
         with build_lock(directory, on_progress):
-            if path.exists():
+            if self.has_store(name, weights):
                 return path
             if not _has_checkpoint(directory):
                 raise ModelFileError(

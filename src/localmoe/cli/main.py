@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from localmoe import __version__
+from localmoe.cli.bench import app as bench_app
 from localmoe.cli.chat import chat
 from localmoe.cli.models import app as models_app
 from localmoe.cli.serve import serve
@@ -19,6 +20,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(serve)
 app.command()(chat)
 app.add_typer(models_app, name="models")
+app.add_typer(bench_app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:
@@ -43,6 +45,8 @@ def localmoe(
       localmoe chat
 
       localmoe models list
+
+      localmoe bench engine
     """
 
 

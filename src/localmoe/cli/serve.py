@@ -80,12 +80,12 @@ def _bind(host: str, port: int) -> socket.socket:
 def _provide(catalog: Catalog, model: str, weights: WeightFormat) -> None:
     """Make what is missing, in a process of its own: it needs torch, which the gateway's process never loads."""
     try:
-        stored = catalog.store_path(model, weights).exists()
+        stored = catalog.has_store(model, weights)
     except ModelNotFoundError:
         if model != DEMO_NAME:
             raise
         _models_command("build-demo")
-        stored = catalog.store_path(model, weights).exists()
+        stored = catalog.has_store(model, weights)
     if not stored:
         _models_command("convert", model, "--weights", weights)
 

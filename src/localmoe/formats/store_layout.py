@@ -31,8 +31,8 @@ import xxhash
 from localmoe.core.errors import StoreError
 from localmoe.core.model import ExpertId, ModelShape, QkNorm, WeightFormat
 from localmoe.formats.packed import COLUMN_MULTIPLE, packed_bytes
+from localmoe.formats.store_version import LAYOUT_VERSION, STORE_MAGIC
 
-LAYOUT_VERSION = 2
 LAYOUT_NAME = "interleaved-16"
 ALIGNMENT_BYTES = 4096
 RUN_ALIGNMENT_BYTES = 64
@@ -40,7 +40,6 @@ RUN_ALIGNMENT_BYTES = 64
 PREAMBLE_BYTES = 32
 MAX_HEADER_BYTES = 64 << 20
 
-_MAGIC = b"LMOESTOR"
 _PREAMBLE = struct.Struct("<8sQQQ")
 _MAX_SIZE = 2**31 - 1
 _MAX_EXPERTS = 2**18
@@ -225,7 +224,7 @@ def encode_header(header: StoreHeader) -> bytes:
     room = data_start(header) - PREAMBLE_BYTES
     encoded = msgspec.json.encode(header).ljust(room)
     assert len(encoded) == room
-    return _PREAMBLE.pack(_MAGIC, LAYOUT_VERSION, room, xxhash.xxh3_64_intdigest(encoded)) + encoded
+    return _PREAMBLE.pack(STORE_MAGIC, LAYOUT_VERSION, room, xxhash.xxh3_64_intdigest(encoded)) + encoded
 
 
 def header_length(path: Path, preamble: bytes, file_bytes: int) -> int:
@@ -238,7 +237,7 @@ def header_length(path: Path, preamble: bytes, file_bytes: int) -> int:
     version: int
     length: int
     magic, version, length, _ = _PREAMBLE.unpack(preamble)
-    if magic != _MAGIC:
+    if magic != STORE_MAGIC:
         raise StoreError(f"{path}: is not an expert store")
     if version != LAYOUT_VERSION:
         raise StoreError(f"{path}: has layout version {version}, not {LAYOUT_VERSION}; convert again")

@@ -144,6 +144,24 @@ def test_ensure_store_makes_it_once(catalog: Catalog, source: Path) -> None:
     assert [part.path.name for part in catalog.verify("tiny", ignore)] == ["tiny", "bf16.store"]
 
 
+def test_a_store_of_an_older_layout_is_made_anew_where_a_checkpoint_allows_it(
+    catalog: Catalog, source: Path
+) -> None:
+    directory = put_checkpoint(catalog, source, "tiny")
+    path = catalog.ensure_store("tiny", WeightFormat.BF16, ignore)
+    fresh = path.read_bytes()
+    path.write_bytes(fresh[:8] + (1).to_bytes(8, "little") + fresh[16:])
+    assert not catalog.has_store("tiny", WeightFormat.BF16)
+    assert catalog.ensure_store("tiny", WeightFormat.BF16, ignore) == path
+    assert path.read_bytes() == fresh
+
+    path.write_bytes(fresh[:8] + (1).to_bytes(8, "little") + fresh[16:])
+    for weights in directory.glob("model*.safetensors*"):
+        weights.unlink()
+    assert catalog.has_store("tiny", WeightFormat.BF16), "its reader says what to do"
+
+
+
 def test_two_builders_build_once(catalog: Catalog, source: Path) -> None:
     put_checkpoint(catalog, source, "tiny")
     first_writes, second_waits = threading.Event(), threading.Event()

@@ -1,0 +1,189 @@
+"""`localmoe bench`: how fast this machine computes, held against how fast it reads memory."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from localmoe.cli.progress import progress_bars
+from localmoe.config.settings import load_settings
+from localmoe.core.model import WeightFormat
+from localmoe.engine.config import EngineConfig
+
+if TYPE_CHECKING:
+    from localmoe.bench.engine import EngineReport
+    from localmoe.bench.kernels import KernelReport
+    from localmoe.kernels.base import Kernels
+
+app = typer.Typer(no_args_is_help=True, help="Measure this machine: the engine, or its kernels one by one.")
+
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Compute threads; by default the server's setting, or one per core.")
+]
+Level = Annotated[
+    str | None, typer.Option(help="Instructions to compute with, as avx2 or amx; by default the server's setting.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command(
+    epilog="Examples: localmoe bench engine · localmoe bench engine --shape qwen3-30b-a3b --streams 1,8 --json · "
+    "localmoe bench engine --shape ~/olmoe.gguf --threads 2"
+)
+def engine(
+    shape: Annotated[
+        str,
+        typer.Option(
+            help="olmoe-1b-7b, qwen3-30b-a3b, the path of a config.json, or of a GGUF file of architecture olmoe or "
+            "qwen3moe with MXFP4 experts and the rest Q8_0."
+        ),
+    ] = "olmoe-1b-7b",
+    weights: Annotated[
+        Literal["mxfp4", "nvfp4", "int8", "bf16"],
+        typer.Option("--format", help="Format of the experts; a GGUF file's is mxfp4."),
+    ] = "mxfp4",
+    threads: Threads = None,
+    level: Level = None,
+    streams: Annotated[
+        str, typer.Option(help="Numbers of sequences to decode at once; 1 is always measured.")
+    ] = "1,2,4,8,16,32",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 512,
+    as_json: AsJson = False,
+) -> None:
+    """Measure prefill and decode of whole steps, on seeded random weights or a GGUF file's, and random tokens.
+
+    Writes a store of the weights to the directory `bench` of LOCALMOE_HOME (olmoe-1b-7b takes 4 GB, qwen3-30b-a3b
+    17 GB in mxfp4) and keeps it for the next run. Contexts begin empty; nothing is speculated.
+    """
+    counts = _parse_streams(streams)
+    from localmoe.bench.engine import Workload, check_memory, measure_engine
+    from localmoe.bench.machine import best_level
+    from localmoe.bench.shapes import find_model
+    from localmoe.bench.weights import ensure_store
+    from localmoe.core.errors import ConfigError
+    from localmoe.hardware.memory import available_memory_bytes
+
+    best_level()
+    model, stored = find_model(shape), WeightFormat(weights)
+    if model.gguf is not None and stored is not WeightFormat.MXFP4:
+        raise ConfigError(f"--format is {weights!r}, but the weights of {model.name} are taken as they are: mxfp4")
+    home, config = load_settings().home, _config(threads, level)
+    kernels = _kernels(config)
+    check_memory(model, stored, kernels, available_memory_bytes())
+    with progress_bars() as on_progress:
+        path = ensure_store(model, stored, home, on_progress)
+    # No bars from here on: drawing them would take time from what is measured.
+    workload = Workload(streams=counts, prompt_tokens=prompt_tokens)
+    report = measure_engine(model, path, kernels, config, workload, lambda stage: typer.echo(stage, err=True))
+    if as_json:
+        _print_json(report)
+    else:
+        _print_engine(report)
+
+
+@app.command(epilog="Examples: localmoe bench kernels · localmoe bench kernels --threads 1 --level avx2 --json")
+def kernels(threads: Threads = None, level: Level = None, as_json: AsJson = False) -> None:
+    """Measure each CPU kernel on matrices of olmoe-1b-7b's sizes, which rotate over 2 GiB of random weights.
+
+    Takes about a minute and 4 GB of memory.
+    """
+    from localmoe.bench.kernels import measure_kernels
+    from localmoe.bench.machine import best_level
+    from localmoe.bench.shapes import find_model
+    from localmoe.core.errors import ConfigError
+
+    best, config = best_level(), _config(threads, level)
+    if config.cpu_level == "reference":
+        raise ConfigError("--level is 'reference', but only the C++ kernels are measured one by one")
+    config = replace(config, cpu_level=best if config.cpu_level == "auto" else config.cpu_level)
+    _kernels(config)  # refuses a level that the machine does not run
+    report = measure_kernels(find_model("olmoe-1b-7b").shape, config, lambda stage: typer.echo(stage, err=True))
+    if as_json:
+        _print_json(report)
+    else:
+        _print_kernels(report)
+
+
+def _print_json(report: "EngineReport | KernelReport") -> None:
+    import msgspec
+
+    typer.echo(msgspec.json.encode(report).decode())
+
+
+def _parse_streams(text: str) -> tuple[int, ...]:
+    counts = [count.strip() for count in text.split(",")]
+    if not all(count.isascii() and count.isdigit() and 1 <= int(count) <= 1024 for count in counts):
+        message = f"{text!r} is not numbers from 1 to 1024 with commas between"
+        raise typer.BadParameter(message, param_hint="--streams")
+    return tuple(sorted({1, *map(int, counts)}))
+
+
+def _config(threads: int | None, level: str | None) -> EngineConfig:
+    """The server's settings, with what the command line says instead."""
+    import torch
+
+    config = load_settings().engine
+    return replace(
+        config,
+        num_threads=threads or config.num_threads or torch.get_num_threads(),
+        cpu_level=level or config.cpu_level,
+    )
+
+
+def _kernels(config: EngineConfig) -> "Kernels":
+    import torch
+
+    from localmoe.kernels.select import select_kernels
+
+    assert config.num_threads is not None
+    torch.set_num_threads(1)  # as when serving: torch's own threads would be in the way of the kernels'
+    return select_kernels(config.cpu_level, config.num_threads, pin=config.pin_threads)
+
+
+def _print_engine(report: "EngineReport") -> None:
+    console = Console()
+    console.print(
+        f"{report.shape}, {report.format}, on {report.machine}: {report.level}, {report.threads} threads, which read "
+        f"{report.read_bandwidth_gb_s:.1f} GB/s",
+        highlight=False,
+    )
+    console.print(
+        f"prefill of {report.prompt_tokens} tokens: {report.prefill_tok_s:.0f} tok/s; a decoded token takes "
+        f"{report.bytes_per_token / 1e6:.0f} MB and shares {report.overlap:.0%} of its experts with the one before",
+        highlight=False,
+    )
+    table = Table("streams", "tok/s", "experts a layer", "MB a step", "GB/s", "of the roof")
+    for count, rate in report.aggregate_tok_s.items():
+        table.add_row(
+            str(count),
+            f"{rate:.1f}",
+            f"{report.distinct_experts[count]:.1f}",
+            f"{report.step_bytes[count] / 1e6:.0f}",
+            f"{report.read_gb_s[count]:.1f}",
+            f"{report.roof_fraction[count]:.0%}",
+        )
+    console.print(table)
+
+
+def _print_kernels(report: "KernelReport") -> None:
+    console = Console()
+    console.print(
+        f"{report.machine}: {report.level}, {report.threads} threads, "
+        f"which read {report.read_bandwidth_gb_s:.1f} GB/s",
+        highlight=False,
+    )
+    table = Table("kernel", "format", "tokens", "context", "us", "GB/s", "of the roof", "GFLOP/s")
+    for row in report.kernels:
+        table.add_row(
+            row.kernel,
+            row.format.value,
+            str(row.tokens),
+            "" if row.context_tokens is None else str(row.context_tokens),
+            f"{row.median_us:.0f}",
+            "" if row.gb_s is None else f"{row.gb_s:.1f}",
+            "" if row.roof_fraction is None else f"{row.roof_fraction:.0%}",
+            f"{row.gflop_s:.0f}",
+        )
+    console.print(table)
