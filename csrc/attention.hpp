@@ -124,14 +124,19 @@ void attend_rows(const Cache& cache, const QueryTile& tile, float* scratch) {
             }
             for (size_t t = 0; t < count; ++t) shares[t * rows + row] = t < seen ? row_scores[t] : 0.0f;
         }
+        const T* places[kAttendTokens];
+        for (size_t t = 0; t < count; ++t) {
+            const size_t block = static_cast<size_t>(tile.block_table[(start + t) / B]);
+            places[t] = all_values + block * block_size + tile.kv_head * head_size + (start + t) % B * d;
+        }
+        // Past the first row's last key, only the rows that see a value add it: zero times NaN would be NaN.
+        const size_t shared = visible[0] <= start ? 0 : visible[0] - start < count ? visible[0] - start : count;
         for (size_t i = 0; i < d; i += 16) {
             F parts[rows];
             for (int row = 0; row < rows; ++row) parts[row] = S::load(sums + row * width + i);
             const int lanes = d - i < 16 ? static_cast<int>(d - i) : 16;
             for (size_t t = 0; t < count; ++t) {
-                const size_t block = static_cast<size_t>(tile.block_table[(start + t) / B]);
-                const T* place =
-                    all_values + block * block_size + tile.kv_head * head_size + (start + t) % B * d + i;
+                const T* place = places[t] + i;
                 F value;
                 if (lanes == 16) {
                     value = load_kv<S>(place, 16);
@@ -140,9 +145,17 @@ void attend_rows(const Cache& cache, const QueryTile& tile, float* scratch) {
                     for (int lane = 0; lane < lanes; ++lane) padded[lane] = place[lane];
                     value = load_kv<S>(padded, 16);
                 }
+                if (t < shared) {
 #pragma GCC unroll 8
-                for (int row = 0; row < rows; ++row) {
-                    parts[row] = S::fma(value, S::set1(shares[t * rows + row]), parts[row]);
+                    for (int row = 0; row < rows; ++row) {
+                        parts[row] = S::fma(value, S::set1(shares[t * rows + row]), parts[row]);
+                    }
+                } else {
+                    for (int row = 0; row < rows; ++row) {
+                        if (start + t < visible[row]) {
+                            parts[row] = S::fma(value, S::set1(shares[t * rows + row]), parts[row]);
+                        }
+                    }
                 }
             }
             for (int row = 0; row < rows; ++row) S::store(sums + row * width + i, parts[row]);

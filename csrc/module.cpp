@@ -28,8 +28,6 @@ using Vector = Array<const float, 1>;
 using Bytes = Array<const uint8_t, 1>;
 using Ids = Array<const int32_t, 1>;
 
-constexpr size_t kMaxTopK = 64;
-
 void require(bool condition, const char* what) {
     if (!condition) throw std::invalid_argument(what);
 }
@@ -64,12 +62,22 @@ struct BoundAttention : AttentionWeights {
     BoundAttention(Vector norm_D, const BoundMatrix& q_, const BoundMatrix& k_, const BoundMatrix& v_,
                    const BoundMatrix& o_, std::optional<Vector> q_norm_, std::optional<Vector> k_norm_,
                    size_t heads, size_t kv_heads, float eps_)
-        : AttentionWeights{norm_D.data(),   q_,  k_, v_, o_, nullptr, nullptr, QkNorm::kNone, heads,
-                           q_.rows / heads, eps_},
+        : AttentionWeights{norm_D.data(),
+                           q_,
+                           k_,
+                           v_,
+                           o_,
+                           nullptr,
+                           nullptr,
+                           QkNorm::kNone,
+                           heads,
+                           heads > 0 ? q_.rows / heads : 0,
+                           eps_},
           matrices{q_, k_, v_, o_},
           vectors{norm_D},
           num_kv_heads(kv_heads) {
-        require(kv_heads > 0 && heads % kv_heads == 0 && q.rows == heads * head_dim, "the heads do not divide");
+        require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && q.rows == heads * head_dim,
+                "the heads do not divide");
         require(head_dim % 2 == 0, "the head size is odd");
         require(k.rows == kv_heads * head_dim && v.rows == k.rows && o.columns == q.rows, "q, k, v, o do not fit");
         require(
@@ -164,7 +172,8 @@ struct BoundRuntime : Runtime {
         for (size_t s = 0; s < spans.shape(0); ++s) {
             const int32_t* span = spans.data() + 3 * s;
             const int32_t* table = tables.data() + s * width;
-            require(span[0] >= 0 && span[1] > 0 && span[2] >= 0 && static_cast<size_t>(span[0] + span[1]) <= T,
+            require(span[0] >= 0 && span[1] > 0 && span[2] >= 0 &&
+                        static_cast<size_t>(span[0]) + static_cast<size_t>(span[1]) <= T,
                     "a span is not in the batch");
             const size_t length = static_cast<size_t>(span[2]) + static_cast<size_t>(span[1]);
             const size_t used = (length + block_tokens - 1) / block_tokens;
@@ -262,28 +271,32 @@ NB_MODULE(_cpu, m) {
           "Levels of instructions that this machine was seen to compute with, lowest first.");
     nb::class_<BoundMatrix>(m, "Matrix")
         .def(nb::init<const std::string&, size_t, size_t, Bytes, Bytes, float>(), "format"_a, "rows"_a,
-             "columns"_a, "values"_a, "scales"_a, "tensor_scale"_a);
+             "columns"_a, "values"_a.noconvert(), "scales"_a.noconvert(), "tensor_scale"_a);
     nb::class_<BoundAttention>(m, "Attention")
         .def(nb::init<Vector, const BoundMatrix&, const BoundMatrix&, const BoundMatrix&, const BoundMatrix&,
                       std::optional<Vector>, std::optional<Vector>, size_t, size_t, float>(),
-             "norm"_a, "q"_a, "k"_a, "v"_a, "o"_a, "q_norm"_a.none(), "k_norm"_a.none(), "num_heads"_a,
-             "num_kv_heads"_a, "eps"_a);
+             "norm"_a.noconvert(), "q"_a, "k"_a, "v"_a, "o"_a, "q_norm"_a.none().noconvert(),
+             "k_norm"_a.none().noconvert(), "num_heads"_a, "num_kv_heads"_a, "eps"_a);
     nb::class_<BoundExperts>(m, "Experts")
         .def(nb::init<const std::vector<std::tuple<BoundMatrix, BoundMatrix, BoundMatrix>>&>(), "matrices"_a);
     nb::class_<BoundRuntime>(m, "Runtime")
         .def(nb::new_(&make_runtime), "level"_a, "num_threads"_a, "pin"_a = false)
         .def_prop_ro("level", &BoundRuntime::level)
         .def_prop_ro("num_threads", &BoundRuntime::num_threads)
-        .def("embed", &BoundRuntime::embed, "matrix"_a, "ids"_a, "out"_a)
-        .def("linear", &BoundRuntime::linear, "matrix"_a, "x"_a, "out"_a)
-        .def("logits", &BoundRuntime::logits, "norm"_a, "eps"_a, "head"_a, "x"_a, "out"_a)
-        .def("attention", &BoundRuntime::attention, "weights"_a, "keys"_a, "values"_a, "bf16"_a, "block_tokens"_a,
-             "spans"_a, "tables"_a, "slots"_a, "cosines"_a, "sines"_a, "x"_a)
-        .def("route", &BoundRuntime::route, "norm"_a, "eps"_a, "router"_a, "normalize"_a, "x"_a, "h"_a, "ids"_a,
-             "weights"_a)
-        .def("norm", &BoundRuntime::norm, "weight"_a, "eps"_a, "x"_a, "h"_a)
-        .def("moe", &BoundRuntime::moe, "experts"_a, "h"_a, "ids"_a, "weights"_a, "x"_a)
-        .def("draw", &BoundRuntime::draw, "logits"_a, "temperatures"_a, "top_k"_a, "top_p"_a, "min_p"_a,
-             "uniforms"_a, "ids"_a)
-        .def("read", &BoundRuntime::read, "data"_a);
+        .def("embed", &BoundRuntime::embed, "matrix"_a, "ids"_a.noconvert(), "out"_a.noconvert())
+        .def("linear", &BoundRuntime::linear, "matrix"_a, "x"_a.noconvert(), "out"_a.noconvert())
+        .def("logits", &BoundRuntime::logits, "norm"_a.noconvert(), "eps"_a, "head"_a, "x"_a.noconvert(),
+             "out"_a.noconvert())
+        .def("attention", &BoundRuntime::attention, "weights"_a.noconvert(), "keys"_a.noconvert(),
+             "values"_a.noconvert(), "bf16"_a, "block_tokens"_a, "spans"_a.noconvert(), "tables"_a.noconvert(),
+             "slots"_a.noconvert(), "cosines"_a.noconvert(), "sines"_a.noconvert(), "x"_a.noconvert())
+        .def("route", &BoundRuntime::route, "norm"_a.noconvert(), "eps"_a, "router"_a, "normalize"_a,
+             "x"_a.noconvert(), "h"_a.noconvert(), "ids"_a.noconvert(), "weights"_a.noconvert())
+        .def("norm", &BoundRuntime::norm, "weight"_a.noconvert(), "eps"_a, "x"_a.noconvert(), "h"_a.noconvert())
+        .def("moe", &BoundRuntime::moe, "experts"_a, "h"_a.noconvert(), "ids"_a.noconvert(),
+             "weights"_a.noconvert(), "x"_a.noconvert())
+        .def("draw", &BoundRuntime::draw, "logits"_a.noconvert(), "temperatures"_a.noconvert(),
+             "top_k"_a.noconvert(), "top_p"_a.noconvert(), "min_p"_a.noconvert(), "uniforms"_a.noconvert(),
+             "ids"_a.noconvert())
+        .def("read", &BoundRuntime::read, "data"_a.noconvert());
 }

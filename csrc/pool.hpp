@@ -6,6 +6,7 @@
 // spins first and sleeps in the kernel after that, so that an idle engine costs nothing.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <thread>
@@ -64,6 +65,31 @@ public:
 
 private:
     const size_t count_;
+    alignas(64) std::atomic<size_t> next_{0};
+};
+
+// Hands out the rows 0..count-1 of matrices in runs. A run is read from memory as one stream, and long streams are
+// what prefetching is good at; runs get shorter towards the end, so that the threads finish together.
+class Runs {
+public:
+    Runs(size_t count, int num_threads) : count_(count), parts_(2 * static_cast<size_t>(num_threads)) {}
+
+    // The next run [first, last), or false when all are taken.
+    bool take(size_t& first, size_t& last) {
+        first = next_.load(std::memory_order_relaxed);
+        do {
+            if (first >= count_) return false;
+            const size_t left = count_ - first;
+            last = first + std::min(left, std::max(left / parts_, kLeast));
+        } while (!next_.compare_exchange_weak(first, last, std::memory_order_relaxed));
+        return true;
+    }
+
+private:
+    static constexpr size_t kLeast = 4;
+
+    const size_t count_;
+    const size_t parts_;
     alignas(64) std::atomic<size_t> next_{0};
 };
 

@@ -20,7 +20,7 @@ using localmoe::Output;
 using localmoe::Tokens;
 
 // Far enough ahead that DRAM answers in time, and over page ends, where the hardware's own prefetching stops.
-constexpr size_t kPrefetchBytes = 2048;
+constexpr size_t kPrefetchBytes = 4096;
 
 template <size_t bytes>
 inline void prefetch(const uint8_t* p) {
@@ -361,28 +361,26 @@ void product(const Matrix& matrix, size_t first_group, size_t last_group, const 
                      });
 }
 
-// The gate's tiles wait in the output until up's come: no two threads share a row group.
+// The gate's rows wait in the output until up's come.
 template <class S>
 void gate_up(const Matrix& gate, const Matrix& up, size_t first_group, size_t last_group, const Tokens& tokens,
              Output output, uint8_t* scratch) {
     const float gate_factor = tile_factor(gate), up_factor = tile_factor(up);
-    constexpr size_t kTogether = 4;
-    for (size_t group = first_group; group < last_group; group += kTogether) {
-        const size_t end = group + kTogether < last_group ? group + kTogether : last_group;
-        for_each_tile<S>(gate, group, end, tokens, scratch, [&](const float* tile, int n, size_t first, size_t g) {
-            float* out = output.out + first * output.stride + g * kRowGroup;
-            emit<S>(tile, n, kRowGroup, gate_factor, {out, output.stride, false});
-        });
-        for_each_tile<S>(up, group, end, tokens, scratch, [&](const float* tile, int n, size_t first, size_t g) {
+    for_each_tile<S>(gate, first_group, last_group, tokens, scratch,
+                     [&](const float* tile, int n, size_t first, size_t group) {
+                         float* out = output.out + first * output.stride + group * kRowGroup;
+                         emit<S>(tile, n, kRowGroup, gate_factor, {out, output.stride, false});
+                     });
+    for_each_tile<S>(
+        up, first_group, last_group, tokens, scratch, [&](const float* tile, int n, size_t first, size_t group) {
             for (int t = 0; t < n; ++t) {
-                float* out = output.out + (first + t) * output.stride + g * kRowGroup;
+                float* out = output.out + (first + static_cast<size_t>(t)) * output.stride + group * kRowGroup;
                 const auto x = S::load(out);
                 const auto up_x = S::mul(S::load(tile + 16 * t), S::set1(up_factor));
                 const auto silu = S::div(x, S::add(S::set1(1.0f), exp<S>(S::sub(S::zero(), x))));
                 S::store(out, S::mul(silu, up_x));
             }
         });
-    }
 }
 
 }  // namespace

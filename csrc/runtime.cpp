@@ -8,12 +8,7 @@
 namespace localmoe {
 namespace {
 
-// Row groups taken at once: some hundred kilobytes, so that taking them costs nothing and no thread waits long.
-constexpr size_t kGroupsPerItem = 4;
-
 size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
-
-size_t items_of(const Matrix& matrix) { return ceil_div(matrix.num_groups(), kGroupsPerItem); }
 
 float half_to_float(uint16_t half) {
     const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, rest = half & 0x7FFF;
@@ -97,6 +92,54 @@ void choose_experts(const float* logits, size_t num_experts, size_t top_k, bool 
     }
 }
 
+// The (token, slot) pairs of a step in order of expert, so that each expert is read once.
+struct ExpertPlan {
+    // One expert's pairs: [first, first + count) of `pairs`.
+    struct Share {
+        const Expert* expert;
+        size_t first, count;
+    };
+    // A token group within a share.
+    struct Group {
+        size_t first, count;
+    };
+    std::vector<size_t> pairs;     // token * top_k + slot
+    std::vector<size_t> place_of;  // the inverse
+    std::vector<Share> shares;
+    std::vector<Group> groups;
+
+    ExpertPlan(const std::vector<Expert>& experts, const int32_t* ids, size_t num_pairs, size_t token_group)
+        : pairs(num_pairs), place_of(num_pairs) {
+        std::vector<size_t> starts(experts.size() + 1);
+        for (size_t i = 0; i < num_pairs; ++i) ++starts[static_cast<size_t>(ids[i]) + 1];
+        for (size_t e = 0; e < experts.size(); ++e) {
+            const size_t count = starts[e + 1];
+            starts[e + 1] += starts[e];
+            if (count > 0) shares.push_back({&experts[e], starts[e], count});
+        }
+        for (size_t i = 0; i < num_pairs; ++i) {
+            place_of[i] = starts[static_cast<size_t>(ids[i])]++;
+            pairs[place_of[i]] = i;
+        }
+        for (const Share& share : shares) {
+            for (size_t first = 0; first < share.count; first += token_group) {
+                groups.push_back({share.first + first, std::min(token_group, share.count - first)});
+            }
+        }
+    }
+
+    // A run of all shares' row groups, share by share: function(share, first row group, last).
+    template <class Function>
+    void split(size_t first, size_t last, size_t groups_per_share, Function&& function) const {
+        while (first < last) {
+            const size_t share = first / groups_per_share, from = first % groups_per_share;
+            const size_t to = std::min(groups_per_share, from + last - first);
+            function(shares[share], from, to);
+            first += to - from;
+        }
+    }
+};
+
 }  // namespace
 
 void Runtime::Packed::resize(size_t count, size_t columns, Format format) {
@@ -156,18 +199,16 @@ void Runtime::pack(Packed& packed, size_t first, size_t count, const Row* rows) 
     }
 }
 
-// Packs the tokens of one group from float rows, normed first if there is a norm.
-void Runtime::quantize_and_pack(Packed& packed, size_t group, const float* x, size_t stride,
+// The same from float rows x [.][stride], normed first if there is a norm.
+void Runtime::quantize_and_pack(Packed& packed, size_t first, size_t count, const float* x, size_t stride,
                                 ThreadScratch& scratch, const float* norm, float eps) {
     const size_t columns = packed.tokens.columns;
-    const size_t first = group * kernels_.token_group;
-    const size_t count = std::min(kernels_.token_group, packed.tokens.count - first);
     const size_t blocks = columns / kBlock, spans = blocks * spans_per_block(packed.weights);
     float* normed = norm ? scratch.rows.get(kernels_.token_group * columns) : nullptr;
     auto* codes = scratch.codes.get(kernels_.token_group * columns / 4 + 1);
     auto* scales = scratch.scales.get(kernels_.token_group * blocks + 1);
     auto* bias = scratch.bias.get(kernels_.token_group * spans + 1);
-    Row rows[64];
+    Row rows[kMaxTokenGroup];
     for (size_t t = 0; t < count; ++t) {
         const float* row = x + (first + t) * stride;
         if (norm) {
@@ -183,13 +224,21 @@ void Runtime::quantize_and_pack(Packed& packed, size_t group, const float* x, si
     pack(packed, first, count, rows);
 }
 
-void Runtime::run_product(const Matrix& matrix, const Tokens& tokens, Output output, Items& items,
+// All of `packed`, group by group.
+void Runtime::quantize_and_pack_all(Packed& packed, const float* x, size_t stride, Items& groups,
+                                    ThreadScratch& scratch, const float* norm, float eps) {
+    for (size_t group; groups.take(group);) {
+        const size_t first = group * kernels_.token_group;
+        const size_t count = std::min(kernels_.token_group, packed.tokens.count - first);
+        quantize_and_pack(packed, first, count, x, stride, scratch, norm, eps);
+    }
+}
+
+void Runtime::run_product(const Matrix& matrix, const Tokens& tokens, Output output, Runs& groups,
                           ThreadScratch& scratch) {
     uint8_t* bytes = scratch.product.get(product_scratch_bytes(matrix.columns));
-    for (size_t item; items.take(item);) {
-        const size_t first = item * kGroupsPerItem;
-        kernels_.product(matrix, first, std::min(first + kGroupsPerItem, matrix.num_groups()), tokens, output,
-                         bytes);
+    for (size_t first, last; groups.take(first, last);) {
+        kernels_.product(matrix, first, last, tokens, output, bytes);
     }
 }
 
@@ -207,12 +256,11 @@ void Runtime::linear(const Matrix& matrix, const float* x, size_t num_tokens, fl
 void Runtime::logits(const float* norm, float eps, const Matrix& head, const float* x, size_t num_tokens,
                      float* out) {
     inputs_.resize(num_tokens, head.columns, head.format);
-    Items groups(group_count(num_tokens)), rows(items_of(head));
+    Items groups(group_count(num_tokens));
+    Runs rows = runs_of(head);
     pool_.run([&](int thread) {
         auto& scratch = threads_[static_cast<size_t>(thread)];
-        for (size_t group; groups.take(group);) {
-            quantize_and_pack(inputs_, group, x, head.columns, scratch, norm, eps);
-        }
+        quantize_and_pack_all(inputs_, x, head.columns, groups, scratch, norm, eps);
         pool_.barrier();
         run_product(head, inputs_.tokens, {out, head.rows, false}, rows, scratch);
     });
@@ -248,15 +296,15 @@ void Runtime::attention(const AttentionWeights& w, const Cache& cache, const Ste
             }
         }
     }
-    Items groups(group_count(T)), q_items(items_of(w.q)), k_items(items_of(w.k)), v_items(items_of(w.v)),
-        tokens(T), tile_items(tiles.size()), out_groups(group_count(T)), out_items(items_of(w.o));
+    Runs q_rows = runs_of(w.q), k_rows = runs_of(w.k), v_rows = runs_of(w.v), o_rows = runs_of(w.o);
+    Items groups(group_count(T)), tokens(T), tile_items(tiles.size()), out_groups(group_count(T));
     pool_.run([&](int thread) {
         auto& scratch = threads_[static_cast<size_t>(thread)];
-        for (size_t group; groups.take(group);) quantize_and_pack(inputs_, group, x, D, scratch, w.norm, w.eps);
+        quantize_and_pack_all(inputs_, x, D, groups, scratch, w.norm, w.eps);
         pool_.barrier();
-        run_product(w.q, inputs_.tokens, {q, H * d, false}, q_items, scratch);
-        run_product(w.k, inputs_.tokens, {k, G * d, false}, k_items, scratch);
-        run_product(w.v, inputs_.tokens, {v, G * d, false}, v_items, scratch);
+        run_product(w.q, inputs_.tokens, {q, H * d, false}, q_rows, scratch);
+        run_product(w.k, inputs_.tokens, {k, G * d, false}, k_rows, scratch);
+        run_product(w.v, inputs_.tokens, {v, G * d, false}, v_rows, scratch);
         pool_.barrier();
         for (size_t t; tokens.take(t);) {
             const auto finish = [&](float* row, size_t heads, const float* norm) {
@@ -275,11 +323,9 @@ void Runtime::attention(const AttentionWeights& w, const Cache& cache, const Ste
         float* floats = scratch.floats.get(attend_scratch_floats(d));
         for (size_t tile; tile_items.take(tile);) kernels_.attend(cache, tiles[tile], floats);
         pool_.barrier();
-        for (size_t group; out_groups.take(group);) {
-            quantize_and_pack(inner_, group, attended, H * d, scratch, nullptr, 0.0f);
-        }
+        quantize_and_pack_all(inner_, attended, H * d, out_groups, scratch, nullptr, 0.0f);
         pool_.barrier();
-        run_product(w.o, inner_.tokens, {x, D, true}, out_items, scratch);
+        run_product(w.o, inner_.tokens, {x, D, true}, o_rows, scratch);
     });
 }
 
@@ -288,16 +334,13 @@ void Runtime::route(const float* norm, float eps, const Matrix& router, size_t t
     const size_t D = router.columns, E = router.rows;
     float* scores = scores_.get(num_tokens * E);
     inputs_.resize(num_tokens, D, router.format);
-    Items groups(group_count(num_tokens)), rows(items_of(router)), tokens(num_tokens);
+    Items norms(num_tokens), groups(group_count(num_tokens)), tokens(num_tokens);
+    Runs rows = runs_of(router);
     pool_.run([&](int thread) {
         auto& scratch = threads_[static_cast<size_t>(thread)];
-        for (size_t group; groups.take(group);) {
-            const size_t first = group * kernels_.token_group;
-            for (size_t t = first; t < std::min(first + kernels_.token_group, num_tokens); ++t) {
-                kernels_.rms_norm(x + t * D, norm, D, eps, h + t * D);
-            }
-            quantize_and_pack(inputs_, group, h, D, scratch, nullptr, 0.0f);
-        }
+        for (size_t t; norms.take(t);) kernels_.rms_norm(x + t * D, norm, D, eps, h + t * D);
+        pool_.barrier();
+        quantize_and_pack_all(inputs_, h, D, groups, scratch, nullptr, 0.0f);
         pool_.barrier();
         run_product(router, inputs_.tokens, {scores, E, false}, rows, scratch);
         pool_.barrier();
@@ -316,36 +359,13 @@ void Runtime::norm(const float* weight, float eps, const float* x, size_t num_to
 
 void Runtime::moe(const std::vector<Expert>& experts, const float* h, const int32_t* ids, const float* weights,
                   size_t num_tokens, size_t top_k, float* x) {
+    const ExpertPlan plan(experts, ids, num_tokens * top_k, kernels_.token_group);
     const size_t num_pairs = num_tokens * top_k;
-    const Matrix& shape = experts[static_cast<size_t>(ids[0])].gate;
-    const size_t D = shape.columns, F = shape.rows, F_padded = shape.num_groups() * kRowGroup;
-    const Format format = shape.format;
-    const bool quantized = is_quantized(format);
+    const Matrix& gate = experts[0].gate;
+    const Format format = gate.format;
+    const size_t D = gate.columns, F = gate.rows, up_groups = gate.num_groups(), F_padded = up_groups * kRowGroup;
+    const size_t down_groups = experts[0].down.num_groups();
     const size_t blocks = D / kBlock, spans = blocks * spans_per_block(format);
-
-    // Pairs (token, slot) in order of expert; each expert's run starts a token group of its own.
-    struct Run {
-        const Expert* expert;
-        size_t first, count;
-    };
-    std::vector<size_t> starts(experts.size() + 1), pairs(num_pairs);
-    for (size_t i = 0; i < num_pairs; ++i) ++starts[static_cast<size_t>(ids[i]) + 1];
-    for (size_t e = 0; e < experts.size(); ++e) starts[e + 1] += starts[e];
-    std::vector<Run> runs;
-    for (size_t e = 0; e < experts.size(); ++e) {
-        if (starts[e + 1] > starts[e]) runs.push_back({&experts[e], starts[e], starts[e + 1] - starts[e]});
-    }
-    for (size_t i = 0; i < num_pairs; ++i) pairs[starts[static_cast<size_t>(ids[i])]++] = i;
-
-    struct Group {
-        size_t first, count;
-    };
-    std::vector<Group> groups;
-    for (const Run& run : runs) {
-        for (size_t first = 0; first < run.count; first += kernels_.token_group) {
-            groups.push_back({run.first + first, std::min(kernels_.token_group, run.count - first)});
-        }
-    }
     inputs_.resize(num_pairs, D, format);
     inner_.resize(num_pairs, F, format);
     float* hidden = hidden_.get(num_pairs * F_padded);
@@ -354,12 +374,10 @@ void Runtime::moe(const std::vector<Expert>& experts, const float* h, const int3
     auto* scales = row_scales_.get(num_tokens * blocks + 1);
     auto* bias = row_bias_.get(num_tokens * spans + 1);
 
-    const size_t up_items = ceil_div(shape.num_groups(), kGroupsPerItem),
-                 down_items = ceil_div(ceil_div(D, kRowGroup), kGroupsPerItem);
-    std::vector<size_t> place_of(num_pairs);
-    for (size_t i = 0; i < num_pairs; ++i) place_of[pairs[i]] = i;
-    Items rows(quantized ? num_tokens : 0), in_groups(groups.size()), ups(runs.size() * up_items),
-        h_groups(groups.size()), downs(runs.size() * down_items), tokens(num_tokens);
+    Items rows(is_quantized(format) ? num_tokens : 0), in_groups(plan.groups.size()), h_groups(plan.groups.size()),
+        tokens(num_tokens);
+    Runs up_rows(plan.shares.size() * up_groups, num_threads()),
+        down_rows(plan.shares.size() * down_groups, num_threads());
     pool_.run([&](int thread) {
         auto& scratch = threads_[static_cast<size_t>(thread)];
         uint8_t* bytes = scratch.product.get(product_scratch_bytes(std::max(D, F)));
@@ -369,50 +387,38 @@ void Runtime::moe(const std::vector<Expert>& experts, const float* h, const int3
         }
         pool_.barrier();
         for (size_t g; in_groups.take(g);) {
-            Row packed[64];
-            for (size_t i = 0; i < groups[g].count; ++i) {
-                const size_t t = pairs[groups[g].first + i] / top_k;
+            const auto [first, count] = plan.groups[g];
+            Row packed[kMaxTokenGroup];
+            for (size_t i = 0; i < count; ++i) {
+                const size_t t = plan.pairs[first + i] / top_k;
                 packed[i] = {codes + t * D / 4, scales + t * blocks, bias + t * spans, h + t * D};
             }
-            pack(inputs_, groups[g].first, groups[g].count, packed);
+            pack(inputs_, first, count, packed);
         }
         pool_.barrier();
-        for (size_t item; ups.take(item);) {
-            const Run& run = runs[item / up_items];
-            const size_t first = item % up_items * kGroupsPerItem;
-            kernels_.gate_up(
-                run.expert->gate, run.expert->up, first, std::min(first + kGroupsPerItem, shape.num_groups()),
-                inputs_.from(run.first, run.count), {hidden + run.first * F_padded, F_padded, false}, bytes);
+        for (size_t first, last; up_rows.take(first, last);) {
+            plan.split(first, last, up_groups, [&](const ExpertPlan::Share& share, size_t from, size_t to) {
+                kernels_.gate_up(share.expert->gate, share.expert->up, from, to,
+                                 inputs_.from(share.first, share.count),
+                                 {hidden + share.first * F_padded, F_padded, false}, bytes);
+            });
         }
         pool_.barrier();
         for (size_t g; h_groups.take(g);) {
-            Row packed[64];
-            auto* h_codes = scratch.codes.get(kernels_.token_group * F / 4 + 1);
-            auto* h_scales = scratch.scales.get(kernels_.token_group * F / kBlock + 1);
-            const size_t h_spans = F / kBlock * spans_per_block(format);
-            auto* h_bias = scratch.bias.get(kernels_.token_group * h_spans + 1);
-            for (size_t i = 0; i < groups[g].count; ++i) {
-                const float* row = hidden + (groups[g].first + i) * F_padded;
-                packed[i] = {h_codes + i * F / 4, h_scales + i * (F / kBlock), h_bias + i * h_spans, row};
-                if (quantized) {
-                    kernels_.quantize(row, F, format, reinterpret_cast<int8_t*>(h_codes + i * F / 4),
-                                      h_scales + i * (F / kBlock), h_bias + i * h_spans);
-                }
-            }
-            pack(inner_, groups[g].first, groups[g].count, packed);
+            const auto [first, count] = plan.groups[g];
+            quantize_and_pack(inner_, first, count, hidden, F_padded, scratch, nullptr, 0.0f);
         }
         pool_.barrier();
-        for (size_t item; downs.take(item);) {
-            const Run& run = runs[item / down_items];
-            const size_t first = item % down_items * kGroupsPerItem;
-            kernels_.product(run.expert->down, first,
-                             std::min(first + kGroupsPerItem, run.expert->down.num_groups()),
-                             inner_.from(run.first, run.count), {expert_out + run.first * D, D, false}, bytes);
+        for (size_t first, last; down_rows.take(first, last);) {
+            plan.split(first, last, down_groups, [&](const ExpertPlan::Share& share, size_t from, size_t to) {
+                kernels_.product(share.expert->down, from, to, inner_.from(share.first, share.count),
+                                 {expert_out + share.first * D, D, false}, bytes);
+            });
         }
         pool_.barrier();
         for (size_t t; tokens.take(t);) {
-            const float* parts[64];
-            for (size_t k = 0; k < top_k; ++k) parts[k] = expert_out + place_of[t * top_k + k] * D;
+            const float* parts[kMaxTopK];
+            for (size_t k = 0; k < top_k; ++k) parts[k] = expert_out + plan.place_of[t * top_k + k] * D;
             kernels_.weighted_sum(parts, weights + t * top_k, top_k, D, x + t * D);
         }
     });

@@ -13,6 +13,9 @@
 
 namespace localmoe {
 
+inline constexpr size_t kMaxTopK = 64;
+inline constexpr size_t kMaxTokenGroup = 16;  // of any level
+
 enum class QkNorm { kNone, kHead, kProjection };
 
 struct AttentionWeights {
@@ -137,10 +140,13 @@ private:
     size_t group_count(size_t num_tokens) const {
         return (num_tokens + kernels_.token_group - 1) / kernels_.token_group;
     }
+    Runs runs_of(const Matrix& matrix) const { return Runs(matrix.num_groups(), pool_.num_threads()); }
     void pack(Packed& packed, size_t first, size_t count, const Row* rows);
-    void quantize_and_pack(Packed& packed, size_t group, const float* x, size_t stride, ThreadScratch& scratch,
-                           const float* norm, float eps);
-    void run_product(const Matrix& matrix, const Tokens& tokens, Output output, Items& items,
+    void quantize_and_pack(Packed& packed, size_t first, size_t count, const float* x, size_t stride,
+                           ThreadScratch& scratch, const float* norm, float eps);
+    void quantize_and_pack_all(Packed& packed, const float* x, size_t stride, Items& groups,
+                               ThreadScratch& scratch, const float* norm, float eps);
+    void run_product(const Matrix& matrix, const Tokens& tokens, Output output, Runs& groups,
                      ThreadScratch& scratch);
 
     const Kernels& kernels_;

@@ -122,12 +122,12 @@ def _parse_streams(text: str) -> tuple[int, ...]:
 
 def _config(threads: int | None, level: str | None) -> EngineConfig:
     """The server's settings, with what the command line says instead."""
-    import torch
+    from localmoe.engine.load import num_compute_threads
 
     config = load_settings().engine
     return replace(
         config,
-        num_threads=threads or config.num_threads or torch.get_num_threads(),
+        num_threads=threads or num_compute_threads(config),
         cpu_level=level or config.cpu_level,
     )
 

@@ -31,7 +31,7 @@ def load_engine(model: str, store_path: Path, config: EngineConfig, available_me
         StoreError: the store is damaged.
         EngineStartError: the configuration or the memory does not fit the model.
     """
-    num_threads = config.num_threads or torch.get_num_threads()
+    num_threads = num_compute_threads(config)
     # What torch still does is small; its threads would only be in the way of the kernels' own.
     torch.set_num_threads(1)
     kernels = select_kernels(config.cpu_level, num_threads, pin=config.pin_threads)
@@ -42,6 +42,11 @@ def load_engine(model: str, store_path: Path, config: EngineConfig, available_me
         decoder = load_decoder(store, kernels)
     logger.info("%s computes with %s", model, kernels.name)
     return Engine(model, decoder, config)
+
+
+def num_compute_threads(config: EngineConfig) -> int:
+    """As configured, or one for each core; to be asked before torch's own number is changed."""
+    return config.num_threads or torch.get_num_threads()
 
 
 def load_decoder(store: Store, kernels: Kernels) -> Decoder:

@@ -105,11 +105,11 @@ class PackedMatrix:
         return Nvfp4Matrix(codes=codes, scales=scales, tensor_scale=self.tensor_scale).dequantize(dtype)
 
     def check_finite(self) -> None:
-        """Raises CheckpointError where a value, or the scale of a block, is NaN or infinite."""
+        """Raises CheckpointError where a value or a block scale is NaN or infinite, or an E4M3 scale negative."""
         if self.format is WeightFormat.MXFP4:
             bad = self.scales == 0xFF
         elif self.format is WeightFormat.NVFP4:
-            bad = (self.scales & 0x7F) == 0x7F
+            bad = self.scales > 0x7E  # NaN, or negative, which no quantiser writes and no kernel reads
         elif self.format is WeightFormat.INT8:
             bad = ~torch.isfinite(self.scales.view(torch.float16))
         elif self.format is WeightFormat.BF16:

@@ -6,7 +6,8 @@ Arithmetic, the same bits at every level of instructions, for every batch and nu
   weight's block are exact integers; blocks are added in float32 in order of columns. Against the exact product, the
   error of an output is at most `sum over blocks of max|x| / 254 * sum|w|`, and float32 rounding.
 - Weights in BF16 and F32 meet float32 inputs, added in order of columns.
-- A token with an input that is NaN or infinite gets outputs that are not finite numbers.
+- A token with an input that is NaN or infinite gets outputs that are not finite numbers. A block of inputs below
+  1e-30 counts as zeros. Products with MXFP4 scales from 2^111 on may overflow where their sum would not.
 """
 
 from collections.abc import Sequence

@@ -161,7 +161,6 @@ def test_a_store_of_an_older_layout_is_made_anew_where_a_checkpoint_allows_it(
     assert catalog.has_store("tiny", WeightFormat.BF16), "its reader says what to do"
 
 
-
 def test_two_builders_build_once(catalog: Catalog, source: Path) -> None:
     put_checkpoint(catalog, source, "tiny")
     first_writes, second_waits = threading.Event(), threading.Event()
