@@ -57,11 +57,13 @@ def run(engine: Engine, requests: Iterable[Request]) -> dict[str, list[int]]:
     return tokens
 
 
-def paged_logits(decoder: Decoder, token_ids: list[int], chunk_tokens: int) -> torch.Tensor:
+def paged_logits(
+    decoder: Decoder, token_ids: list[int], chunk_tokens: int, cache_dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Logits at every position, computed in chunks through the paged cache with scattered blocks."""
     block_tokens = 16
     num_blocks = -(-len(token_ids) // block_tokens)
-    cache = KVCache(decoder.shape, num_blocks, block_tokens, torch.float32)
+    cache = KVCache(decoder.shape, num_blocks, block_tokens, cache_dtype)
     table = tuple(torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0)).tolist())
     logits = []
     for start in range(0, len(token_ids), chunk_tokens):

@@ -5,6 +5,7 @@ compute it sleeps in `poll`. A second thread only waits for standard input to cl
 goes, however it goes, and then ends the process at once: an engine never outlives its gateway.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -75,6 +76,8 @@ def main() -> None:
     except (LocalMoEError, MemoryError) as error:
         say(StartFailed(message=str(error) or type(error).__name__))
         lifeline.join()  # the client ends us once it has read why
+    # What has been loaded stays, so the collector need not look at it again and again.
+    gc.freeze()
     say(Ready())
     serve(engine, socket)
 

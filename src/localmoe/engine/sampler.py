@@ -65,12 +65,14 @@ def settings(draws: Sequence[Draw]) -> Draws:
     """The same for the kernels, row by row."""
     sampling = [draw.sampling for draw in draws]
     temperatures = [0.0 if s.temperature < GREEDY_BELOW else s.temperature for s in sampling]
+    # A generator takes longer to make than a likeliest token to find, which needs none.
+    uniforms = [uniform(d.seed, d.position) if t else 0.0 for d, t in zip(draws, temperatures, strict=True)]
     return Draws(
         temperatures_S=np.array(temperatures, np.float32),
         top_k_S=np.array([s.top_k for s in sampling], np.int32),
         top_p_S=np.array([s.top_p for s in sampling], np.float32),
         min_p_S=np.array([s.min_p for s in sampling], np.float32),
-        uniforms_S=np.array([uniform(draw.seed, draw.position) for draw in draws]),
+        uniforms_S=np.array(uniforms),
     )
 
 
