@@ -11,19 +11,23 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
-from bench_gguf import EXPERT_FORMATS, SHAPES
+from msgspec.structs import replace
+from peers.bench_gguf import EXPERT_FORMATS
 from peers.process import OtherWork, PeerError, say
 from peers.report import OTHER_CORES, Ratio, Rounds, best_of, disturbed, markdown, medians, ratios
-from peers.systems import PREFILL_TOKENS, VLLM, KtKernel, LlamaCpp, LocalMoE, Setting, System
+from peers.systems import PREFILL_TOKENS, VLLM, KtKernel, LlamaCpp, LocalMoE, LocalMoELayers, Setting, System
+
+from localmoe.bench.machine import cpu_fields, cpu_name
+from localmoe.bench.shapes import SHAPES, find_model
 
 EPILOG = """examples:
-  %(prog)s --workdir /tmp/peers                              llama.cpp, olmoe-1b-7b, three rounds
-  %(prog)s --workdir /tmp/peers --peers llama,vllm,kt        every peer; vLLM takes 15 GB of memory
-  %(prog)s --workdir /tmp/peers --shape qwen3-30b-a3b --formats mxfp4 --rounds 2
-  %(prog)s --workdir /tmp/peers --layers 2 --rounds 1        whether everything works, in a few minutes
+  %(prog)s --workdir ~/peers                              llama.cpp, olmoe-1b-7b, three rounds
+  %(prog)s --workdir ~/peers --peers llama,vllm,kt        every peer; vLLM takes 15 GB of memory
+  %(prog)s --workdir ~/peers --shape qwen3-30b-a3b --formats mxfp4 --rounds 2
+  %(prog)s --workdir ~/peers --layers 2 --rounds 1        whether everything works, in a few minutes
 """
 PEERS = ("llama", "vllm", "kt")
 
@@ -31,14 +35,13 @@ PEERS = ("llama", "vllm", "kt")
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 1 if something could not be measured."""
     args = _parse(argv)
-    cpu_model, cpu_flags = _cpu()
-    shape = SHAPES[args.shape]
+    shape = find_model(args.shape).shape
     setting = Setting(
         workdir=args.workdir.resolve(),
         shape_name=args.shape,
         shape=replace(shape, num_layers=args.layers or shape.num_layers),
         threads=args.threads,
-        cpu_flags=cpu_flags,
+        cpu_flags=frozenset(cpu_fields()["flags"].split()),
     )
     ours, peers = _systems(setting, args.peers, args.formats)
     failures: dict[str, str] = {}
@@ -46,9 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     rounds = _measured(systems, args.rounds, failures)
     our_names = [system.name for system in ours if system.name in rounds]
     found = ratios(rounds, our_names, [system.name for system in peers])
-    best = best_of(rounds, [s.name for s in peers if isinstance(s, LlamaCpp)], "decode_tok_s")
+    best = [
+        best_of(rounds, [s.name for s in peers if isinstance(s, kind)], measure)
+        for kind, measure in ((LlamaCpp, "decode_tok_s"), (KtKernel, "moe_1_tok_s"))
+    ]
     heading = (
-        f"{time.strftime('%Y-%m-%d')}, {cpu_model}, {args.threads} of {os.cpu_count()} threads, "
+        f"{time.strftime('%Y-%m-%d')}, {cpu_name()}, {args.threads} of {os.cpu_count()} threads, "
         f"{args.shape} with {setting.shape.num_layers} layers, prefill of {PREFILL_TOKENS} tokens, "
         f"medians of {args.rounds} interleaved rounds, tokens a second"
     )
@@ -59,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"wrote {args.json}")
     print(f"{heading}.\n{'; '.join(f'{name}: {version}' for name, version in versions.items())}.\n")
     print(markdown(rounds, found, {system.name: system.weights for system in systems}))
-    if best:
-        print(f"\nllama.cpp decodes fastest with {best.rpartition(' ')[2]}.")
+    for name in filter(None, best):
+        print(f"\nThe fastest of its kind for one token: {name}.")
     for name, cores in disturbed(rounds).items():
         print(
             f"\nNot valid, the machine was not quiet: other programs used up to {cores:.1f} cores during {name}."
@@ -107,13 +113,6 @@ def _names(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
-def _cpu() -> tuple[str, frozenset[str]]:
-    """The processor's name and flags as Linux gives them."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return fields["model name"], frozenset(fields["flags"].split())
-
-
 def _systems(setting: Setting, peers: Sequence[str], formats: Sequence[str]) -> tuple[list[System], list[System]]:
     """Ours and theirs, in the order of a round."""
     amx = "amx_tile" in setting.cpu_flags
@@ -129,6 +128,7 @@ def _systems(setting: Setting, peers: Sequence[str], formats: Sequence[str]) -> 
         # Its workers spin beside the caller, so that fewer of them can be faster for one token.
         theirs += [KtKernel(setting, "fp4", n, (1,)) for n in sorted({1, setting.threads})]
         theirs.append(KtKernel(setting, "int4", setting.threads, (PREFILL_TOKENS,)))
+        ours.append(LocalMoELayers(setting))
     return ours, theirs
 
 

@@ -22,10 +22,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx2
 
+from localmoe.bench.engine import step_bytes
 from localmoe.bench.machine import cpu_name, read_bandwidth_bytes_s
 from localmoe.bench.shapes import SHAPES, find_model
 from localmoe.bench.weights import ensure_store
@@ -33,24 +35,17 @@ from localmoe.catalog.catalog import Catalog
 from localmoe.catalog.demo import build_demo
 from localmoe.config.settings import load_settings
 from localmoe.core.model import ModelShape, WeightFormat
-from localmoe.engine.load import num_compute_threads
-from localmoe.formats.packed import packed_bytes
-from localmoe.formats.store_layout import dense_format, dense_shapes
+from localmoe.hardware.processors import num_processors
 
 PROMPT_TOKENS = 8
 READY_LIMIT_S = 60.0
+KV_DTYPE = "bf16"
 
 
-def token_bytes(shape: ModelShape, weights: WeightFormat) -> int:
-    """Bytes of weights that one token alone must read."""
-    expert = 2 * sum(packed_bytes(weights, shape.expert_size, shape.hidden_size))
-    expert += sum(packed_bytes(weights, shape.hidden_size, shape.expert_size))
-    dense = sum(
-        sum(packed_bytes(dense_format(name, dimensions, weights), *dimensions))
-        for name, dimensions in dense_shapes(shape).items()
-        if len(dimensions) == 2 and (name != "embed" or shape.tie_embeddings)
-    )
-    return shape.num_layers * shape.top_k * expert + dense
+def token_bytes(shape: ModelShape, weights: WeightFormat, num_tokens: int) -> int:
+    """Bytes of a step of one stream, halfway through its answer."""
+    context_tokens = PROMPT_TOKENS + num_tokens // 2
+    return step_bytes(shape, weights, shape.num_layers * shape.top_k, 1, context_tokens, KV_DTYPE)
 
 
 def make_home(home: Path, name: str, weights: WeightFormat, store: Path, tokenizer: Path) -> None:
@@ -72,7 +67,12 @@ def server(home: Path, name: str, weights: WeightFormat) -> Iterator[tuple[str, 
     started_s = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "localmoe", "serve", name, "--weights", weights, "--port", str(port)],
-        env=os.environ | {"LOCALMOE_HOME": str(home)},
+        env=os.environ
+        | {
+            "LOCALMOE_HOME": str(home),
+            "LOCALMOE_ENGINE__SPECULATION": "false",
+            "LOCALMOE_ENGINE__KV_CACHE_DTYPE": KV_DTYPE,
+        },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -92,30 +92,50 @@ def server(home: Path, name: str, weights: WeightFormat) -> Iterator[tuple[str, 
         process.wait()
 
 
-def stream(url: str, name: str, seed: int, num_tokens: int, times_s: list[float]) -> None:
-    """Generate, and note when each chunk with a token came."""
+@dataclass
+class Answer:
+    """What came of one stream."""
+
+    times_s: list[float] = field(default_factory=list)
+    """When each piece of text came."""
+    num_tokens: int = 0
+    """By the server's count: some tokens send nothing, as the first ones of a character."""
+
+
+def stream(url: str, name: str, seed: int, num_tokens: int, answer: Answer) -> None:
+    """Generate, and note what comes."""
     prompt = random.Random(seed).choices(range(1000, 40000), k=PROMPT_TOKENS)
     body = {"model": name, "prompt": prompt, "max_tokens": num_tokens, "temperature": 1.0, "seed": seed}
-    body |= {"stream": True, "ignore_eos": True}
+    body |= {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
     with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=600) as response:
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                times_s.append(time.perf_counter())  # noqa: PERF401 (the time is that of the line)
+        lines = [(time.perf_counter(), line) for line in response.iter_lines()]
+    # Read afterwards: while streams run, the server needs the processor.
+    for at_s, line in lines:
+        if line.startswith("data: {"):
+            chunk = json.loads(line.removeprefix("data: "))
+            if any(choice["text"] for choice in chunk["choices"]):
+                answer.times_s.append(at_s)
+            if chunk["usage"]:
+                answer.num_tokens = chunk["usage"]["completion_tokens"]
 
 
 def measure(url: str, name: str, num_streams: int, num_tokens: int) -> float:
-    """Tokens a second, from the last stream's first token until the first stream ends."""
-    all_times_s: list[list[float]] = [[] for _ in range(num_streams)]
+    """Tokens a second, from the last stream's first text until the first stream ends."""
+    answers = [Answer() for _ in range(num_streams)]
     threads = [
-        threading.Thread(target=stream, args=(url, name, seed, num_tokens, times_s))
-        for seed, times_s in enumerate(all_times_s)
+        threading.Thread(target=stream, args=(url, name, seed, num_tokens, answer))
+        for seed, answer in enumerate(answers)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    start_s, end_s = max(times[0] for times in all_times_s), min(times[-1] for times in all_times_s)
-    return sum(start_s < at <= end_s for times in all_times_s for at in times) / (end_s - start_s)
+    if not all(answer.times_s and answer.num_tokens == num_tokens for answer in answers):
+        raise SystemExit(f"error: a stream ended before its {num_tokens} tokens")
+    start_s, end_s = max(a.times_s[0] for a in answers), min(a.times_s[-1] for a in answers)
+    # Each piece of text stands for as many tokens as its stream's pieces do on average.
+    counted = [sum(start_s < at_s <= end_s for at_s in a.times_s) / len(a.times_s) for a in answers]
+    return num_tokens * sum(counted) / (end_s - start_s)
 
 
 def main() -> None:
@@ -127,11 +147,12 @@ def main() -> None:
     arguments = parser.parse_args()
     name, weights = arguments.shape, arguments.format
 
-    home = load_settings().home
+    settings = load_settings()
+    home, num_threads = settings.home, settings.engine.num_threads or num_processors()
     model = find_model(name)
     tokenizer = build_demo(Catalog(home), gguf=None, on_progress=lambda *_: None) / "tokenizer.json"
     store = ensure_store(model, weights, home, lambda *_: None)
-    bandwidth = read_bandwidth_bytes_s(num_compute_threads(load_settings().engine))
+    bandwidth = read_bandwidth_bytes_s(num_threads)
     print(f"{cpu_name()}, {name} {weights}, read bandwidth {bandwidth / 1e9:.1f} GB/s\n")
     print("| measure | figure |\n|---|---|")
     with tempfile.TemporaryDirectory() as directory:
@@ -142,9 +163,10 @@ def main() -> None:
                 ready_s.append(seconds)
         print(f"| exec to ready, {store.stat().st_size / 1e9:.1f} GB store | {min(ready_s):.2f} s |")
         with server(Path(directory), name, weights) as (url, _):
+            bytes_per_token = token_bytes(model.shape, weights, arguments.tokens)
             for num_streams in map(int, arguments.streams.split(",")):
                 speed = statistics.median(measure(url, name, num_streams, arguments.tokens) for _ in range(3))
-                share = f", {speed * token_bytes(model.shape, weights) / bandwidth:.0%} of the read roof"
+                share = f", {speed * bytes_per_token / bandwidth:.0%} of the read roof"
                 print(f"| {num_streams} streams | {speed:.1f} tok/s{share if num_streams == 1 else ''} |")
 
 

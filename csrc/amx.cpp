@@ -3,7 +3,6 @@
 // A tile product is exact in integers over a block of 32 columns; scales and sums are those of the other levels,
 // so a token's results are the same bits with tiles and without.
 #include "simd_avx512.hpp"
-// The level's arithmetic comes first.
 #include "table.hpp"
 
 #ifdef LOCALMOE_EMULATE_AMX

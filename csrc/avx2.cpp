@@ -1,5 +1,4 @@
 #include "simd_avx2.hpp"
-// The level's arithmetic comes first.
 #include "table.hpp"
 
 const localmoe::Kernels* localmoe::avx2_kernels() {

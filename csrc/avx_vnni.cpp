@@ -1,6 +1,5 @@
 #define LOCALMOE_AVX_VNNI
 #include "simd_avx2.hpp"
-// The level's arithmetic comes first.
 #include "table.hpp"
 
 const localmoe::Kernels* localmoe::avx_vnni_kernels() {

@@ -60,6 +60,9 @@ struct QueryTile {
 // Most rows of one tile.
 inline constexpr size_t kTileRows = 8;
 
+// Tokens in a packed group of any level.
+inline constexpr size_t kMaxTokenGroup = 16;
+
 struct Kernels {
     const char* name;
     size_t token_group;  // tokens in a packed group
@@ -99,7 +102,7 @@ struct Kernels {
     // maximum's place, or -1 where a logit is not a finite number. Temperature 0 leaves the weights out.
     int32_t (*soften)(const float* logits, size_t size, float temperature, float* weights);
 
-    // Reads everything once; the result keeps the compiler from leaving it out.
+    // Reads all but up to 255 bytes at the end once; the result keeps the compiler from leaving it out.
     uint64_t (*read)(const uint8_t* data, size_t num_bytes);
 };
 
@@ -118,8 +121,8 @@ inline constexpr int weight_offset(Format format) { return format == Format::kIn
 // Spans of a weight scale within a block of 32 columns.
 inline constexpr size_t spans_per_block(Format format) { return format == Format::kNvfp4 ? 2 : 1; }
 
-// The levels that were compiled, null where the compiler could not. Whether the machine can run one is for the
-// caller to find out first.
+// The levels; each is defined where LOCALMOE_HAVE_<its name> is. Whether the machine can run one is for the caller
+// to find out first.
 const Kernels* avx2_kernels();
 const Kernels* avx_vnni_kernels();
 const Kernels* avx512_vnni_kernels();

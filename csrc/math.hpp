@@ -1,6 +1,8 @@
 // Elementwise arithmetic and reductions, written once for all levels.
 #pragma once
 
+#include <immintrin.h>
+
 #include "kernels.hpp"
 
 namespace {

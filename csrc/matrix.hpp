@@ -61,4 +61,7 @@ struct Matrix {
     }
 };
 
+// One row as floats, one element at a time: for embeddings, and to hold products against.
+void read_row(const Matrix& matrix, size_t row, float* out);
+
 }  // namespace localmoe

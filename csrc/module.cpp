@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -28,6 +29,9 @@ using Vector = Array<const float, 1>;
 using Bytes = Array<const uint8_t, 1>;
 using Ids = Array<const int32_t, 1>;
 
+constexpr size_t kMaxSize = 1u << 31;  // products of two sizes stay far below 2^64
+constexpr size_t kMaxBlockTokens = 1u << 16;
+
 void require(bool condition, const char* what) {
     if (!condition) throw std::invalid_argument(what);
 }
@@ -48,7 +52,8 @@ struct BoundMatrix : Matrix {
                 float scale)
         : Matrix{parse_format(name), num_rows, num_columns, value_bytes.data(), scale_bytes.data(), scale},
           owners{value_bytes, scale_bytes} {
-        require(rows > 0 && columns > 0, "a matrix has at least one row and one column");
+        require(rows > 0 && columns > 0 && rows < kMaxSize && columns < kMaxSize,
+                "a matrix has from 1 to 2^31 rows and columns");
         require(!is_quantized(format) || columns % kBlock == 0,
                 "32 must divide the columns of a quantised matrix");
         require(value_bytes.size() == num_groups() * group_values_bytes(), "the values have another size");
@@ -129,6 +134,7 @@ struct BoundRuntime : Runtime {
                     "an id is out of range");
         }
         const nb::gil_scoped_release release;
+        const std::lock_guard lock(mutex_);
         Runtime::embed(matrix, ids.data(), ids.size(), out.data());
     }
 
@@ -136,7 +142,8 @@ struct BoundRuntime : Runtime {
         require(x.shape(1) == matrix.columns && out.shape(1) == matrix.rows && out.shape(0) == x.shape(0),
                 "x or out does not fit the matrix");
         const nb::gil_scoped_release release;
-        Runtime::linear(matrix, x.data(), x.shape(0), out.data());
+        const std::lock_guard lock(mutex_);
+        Runtime::logits(nullptr, 0.0f, matrix, x.data(), x.shape(0), out.data());
     }
 
     void logits(Vector norm, float eps, const BoundMatrix& head, ConstFloats x, Floats out) {
@@ -144,6 +151,7 @@ struct BoundRuntime : Runtime {
                     out.shape(0) == x.shape(0),
                 "norm, x or out does not fit the head");
         const nb::gil_scoped_release release;
+        const std::lock_guard lock(mutex_);
         Runtime::logits(norm.data(), eps, head, x.data(), x.shape(0), out.data());
     }
 
@@ -153,7 +161,8 @@ struct BoundRuntime : Runtime {
                    Array<const int64_t, 1> slots, ConstFloats cosines, ConstFloats sines, Floats x) {
         const size_t T = x.shape(0), d = weights.head_dim, G = weights.num_kv_heads;
         const size_t block_bytes = G * d * block_tokens * (bf16 ? 2 : 4);
-        require(block_tokens % 16 == 0 && block_tokens > 0, "16 must divide the tokens of a block");
+        require(block_tokens % 16 == 0 && block_tokens > 0 && block_tokens <= kMaxBlockTokens,
+                "16 must divide the tokens of a block");
         require(keys.shape(1) == block_bytes && values.shape(1) == block_bytes && keys.shape(0) == values.shape(0),
                 "the cache does not fit the heads");
         require(x.shape(1) == weights.q.columns && slots.size() == T, "x or slots does not fit");
@@ -169,12 +178,13 @@ struct BoundRuntime : Runtime {
                     "a slot is not in the cache");
         }
         Step step{T, {}, slots.data(), cosines.data(), sines.data()};
+        size_t next_row = 0;
         for (size_t s = 0; s < spans.shape(0); ++s) {
             const int32_t* span = spans.data() + 3 * s;
             const int32_t* table = tables.data() + s * width;
-            require(span[0] >= 0 && span[1] > 0 && span[2] >= 0 &&
-                        static_cast<size_t>(span[0]) + static_cast<size_t>(span[1]) <= T,
-                    "a span is not in the batch");
+            require(span[0] >= 0 && static_cast<size_t>(span[0]) == next_row && span[1] > 0 && span[2] >= 0,
+                    "the spans do not cover the batch one after another");
+            next_row += static_cast<size_t>(span[1]);
             const size_t length = static_cast<size_t>(span[2]) + static_cast<size_t>(span[1]);
             const size_t used = (length + block_tokens - 1) / block_tokens;
             require(used <= width, "a block table is too short");
@@ -185,8 +195,10 @@ struct BoundRuntime : Runtime {
             step.spans.push_back(
                 {static_cast<size_t>(span[0]), static_cast<size_t>(span[1]), static_cast<size_t>(span[2]), table});
         }
+        require(next_row == T, "the spans do not cover the batch");
         const Cache cache{keys.data(), values.data(), bf16, G, d, block_tokens};
         const nb::gil_scoped_release release;
+        const std::lock_guard lock(mutex_);
         Runtime::attention(weights, cache, step, x.data());
     }
 
@@ -198,6 +210,7 @@ struct BoundRuntime : Runtime {
         require(ids.shape(0) == T && weights.shape(0) == T && ids.shape(1) == weights.shape(1), "not [T, K]");
         require(ids.shape(1) >= 1 && ids.shape(1) <= std::min(router.rows, kMaxTopK), "top_k is out of range");
         const nb::gil_scoped_release release;
+        const std::lock_guard lock(mutex_);
         Runtime::route(norm.data(), eps, router, ids.shape(1), normalize, x.data(), T, h.data(), ids.data(),
                        weights.data());
     }
@@ -206,6 +219,7 @@ struct BoundRuntime : Runtime {
         require(x.shape(1) == weight.size() && h.shape(0) == x.shape(0) && h.shape(1) == x.shape(1),
                 "h does not fit");
         const nb::gil_scoped_release release;
+        const std::lock_guard lock(mutex_);
         Runtime::norm(weight.data(), eps, x.data(), x.shape(0), x.shape(1), h.data());
     }
 
@@ -220,6 +234,7 @@ struct BoundRuntime : Runtime {
                     "an expert id is out of range");
         }
         const nb::gil_scoped_release release;
+        const std::lock_guard lock(mutex_);
         Runtime::moe(bound.experts, h.data(), ids.data(), weights.data(), T, ids.shape(1), x.data());
     }
 
@@ -232,14 +247,19 @@ struct BoundRuntime : Runtime {
         std::vector<Filter> filters(S);
         for (size_t i = 0; i < S; ++i) filters[i] = {top_k.data()[i], top_p.data()[i], min_p.data()[i]};
         const nb::gil_scoped_release release;
+        const std::lock_guard lock(mutex_);
         Runtime::draw(logits.data(), S, logits.shape(1), temperatures.data(), filters.data(), uniforms.data(),
                       ids.data());
     }
 
     uint64_t read(Bytes data) {
         const nb::gil_scoped_release release;
+        const std::lock_guard lock(mutex_);
         return Runtime::read(data.data(), data.size());
     }
+
+private:
+    std::mutex mutex_;  // Python's threads take turns: operations share their threads and their memory
 };
 
 BoundRuntime* make_runtime(const std::string& level, int num_threads, bool pin) {
@@ -281,8 +301,6 @@ NB_MODULE(_cpu, m) {
         .def(nb::init<const std::vector<std::tuple<BoundMatrix, BoundMatrix, BoundMatrix>>&>(), "matrices"_a);
     nb::class_<BoundRuntime>(m, "Runtime")
         .def(nb::new_(&make_runtime), "level"_a, "num_threads"_a, "pin"_a = false)
-        .def_prop_ro("level", &BoundRuntime::level)
-        .def_prop_ro("num_threads", &BoundRuntime::num_threads)
         .def("embed", &BoundRuntime::embed, "matrix"_a, "ids"_a.noconvert(), "out"_a.noconvert())
         .def("linear", &BoundRuntime::linear, "matrix"_a, "x"_a.noconvert(), "out"_a.noconvert())
         .def("logits", &BoundRuntime::logits, "norm"_a.noconvert(), "eps"_a, "head"_a, "x"_a.noconvert(),

@@ -26,7 +26,7 @@ void wait_while(const std::atomic<uint32_t>& word, uint32_t old) {
     while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
 }
 
-std::vector<int> allowed_processors() {
+std::vector<int> read_allowed_processors() {
     std::vector<int> processors;
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof set, &set) == 0) {
@@ -34,6 +34,12 @@ std::vector<int> allowed_processors() {
             if (CPU_ISSET(i, &set)) processors.push_back(i);
         }
     }
+    return processors;
+}
+
+// Asked once: pinning narrows what the calling thread may use, and what its children inherit.
+const std::vector<int>& allowed_processors() {
+    static const std::vector<int> processors = read_allowed_processors();
     return processors;
 }
 
@@ -49,10 +55,18 @@ void pin_to(int processor) {
 
 Pool::Pool(int num_threads, bool pin) : num_threads_(num_threads) {
     if (pin) processors_ = allowed_processors();
-    for (int thread = 1; thread < num_threads; ++thread) threads_.emplace_back([this, thread] { work(thread); });
+    try {
+        for (int thread = 1; thread < num_threads; ++thread)
+            threads_.emplace_back([this, thread] { work(thread); });
+    } catch (...) {
+        stop();
+        throw;
+    }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
     stopping_ = true;
     epoch_.fetch_add(1, std::memory_order_release);
     epoch_.notify_all();

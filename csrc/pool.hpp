@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <thread>
 #include <vector>
 
@@ -25,10 +26,11 @@ public:
 
     int num_threads() const { return num_threads_; }
 
-    // Calls function(thread index) on all threads at once.
+    // Calls function(thread index) on all threads at once. What it needs is allocated before: an exception in it,
+    // on whichever thread, would leave the others waiting, and ends the process.
     template <class Function>
     void run(Function&& function) {
-        start([](void* context, int thread) { (*static_cast<Function*>(context))(thread); }, &function);
+        start([](void* context, int thread) noexcept { (*static_cast<Function*>(context))(thread); }, &function);
     }
 
     // Within `run`: waits until every thread has come here.
@@ -38,6 +40,7 @@ private:
     using Entry = void (*)(void*, int);
 
     void start(Entry entry, void* context);
+    void stop();
     void work(int thread);
 
     const int num_threads_;
@@ -68,8 +71,8 @@ private:
     alignas(64) std::atomic<size_t> next_{0};
 };
 
-// Hands out the rows 0..count-1 of matrices in runs. A run is read from memory as one stream, and long streams are
-// what prefetching is good at; runs get shorter towards the end, so that the threads finish together.
+// Hands out the row groups 0..count-1 of matrices in runs. A run is read from memory as one stream, and long
+// streams are what prefetching is good at; runs get shorter towards the end, so that the threads finish together.
 class Runs {
 public:
     Runs(size_t count, int num_threads) : count_(count), parts_(2 * static_cast<size_t>(num_threads)) {}
@@ -80,13 +83,13 @@ public:
         do {
             if (first >= count_) return false;
             const size_t left = count_ - first;
-            last = first + std::min(left, std::max(left / parts_, kLeast));
+            last = first + std::min(left, std::max(left / parts_, kLeastGroups));
         } while (!next_.compare_exchange_weak(first, last, std::memory_order_relaxed));
         return true;
     }
 
 private:
-    static constexpr size_t kLeast = 4;
+    static constexpr size_t kLeastGroups = 4;
 
     const size_t count_;
     const size_t parts_;

@@ -7,7 +7,7 @@
 
 #include <type_traits>
 
-#include "kernels.hpp"
+#include "math.hpp"
 
 namespace {
 

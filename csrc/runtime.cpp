@@ -10,68 +10,6 @@ namespace {
 
 size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
-float half_to_float(uint16_t half) {
-    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, rest = half & 0x7FFF;
-    float value;
-    if (rest >= 0x7C00) {
-        const uint32_t bits = sign | 0x7F800000 | (rest & 0x3FF) << 13;
-        std::memcpy(&value, &bits, 4);
-    } else {
-        // Multiplying shifts the exponent and makes subnormals normal, exactly.
-        const uint32_t bits = rest << 13;
-        std::memcpy(&value, &bits, 4);
-        value = sign ? -value * 0x1p112f : value * 0x1p112f;
-    }
-    return value;
-}
-
-float e8m0_to_float(uint8_t code) { return std::ldexp(1.0f, code - 127); }
-
-float e4m3_to_float(uint8_t code) { return half_to_float(static_cast<uint16_t>(code << 7)) * 256.0f; }
-
-float bf16_to_float(uint16_t code) {
-    const uint32_t bits = static_cast<uint32_t>(code) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-template <class T>
-T load(const uint8_t* p) {
-    T value;
-    std::memcpy(&value, p, sizeof value);
-    return value;
-}
-
-void read_row(const Matrix& m, size_t row, float* out) {
-    constexpr float kE2m1[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -.5f, -1, -1.5f, -2, -3, -4, -6};
-    const size_t r = row % kRowGroup;
-    const uint8_t* values = m.values + row / kRowGroup * m.group_values_bytes();
-    const uint8_t* scales = m.scales + row / kRowGroup * m.group_scales_bytes();
-    for (size_t c = 0; c < m.columns; ++c) {
-        switch (m.format) {
-            case Format::kMxfp4:
-            case Format::kNvfp4: {
-                const uint8_t byte = values[c / 32 * 256 + c % 32 / 8 * 64 + r * 4 + c % 4];
-                const float value = kE2m1[c % 8 < 4 ? byte & 15 : byte >> 4];
-                out[c] = m.format == Format::kMxfp4
-                             ? value * e8m0_to_float(scales[c / 32 * 16 + r])
-                             : value * e4m3_to_float(scales[c / 16 * 16 + r]) * m.tensor_scale;
-                break;
-            }
-            case Format::kInt8:
-                out[c] = static_cast<float>(values[c / 4 * 64 + r * 4 + c % 4] - 128) *
-                         half_to_float(load<uint16_t>(scales + (c / 32 * 16 + r) * 2));
-                break;
-            case Format::kBf16:
-                out[c] = bf16_to_float(load<uint16_t>(values + (c / 2 * 32 + r * 2 + c % 2) * 2));
-                break;
-            default:
-                out[c] = load<float>(values + (c * 16 + r) * 4);
-        }
-    }
-}
-
 // The k largest logits, equal ones in order of id, and their shares of the softmax over all.
 void choose_experts(const float* logits, size_t num_experts, size_t top_k, bool normalize, int32_t* ids,
                     float* weights) {
@@ -140,6 +78,32 @@ struct ExpertPlan {
     }
 };
 
+// A tile is all query heads of one key head, for as many neighbouring tokens as fit.
+std::vector<QueryTile> query_tiles(const AttentionWeights& w, const Cache& cache, const Step& step, const float* q,
+                                   float* attended) {
+    const size_t d = w.head_dim, H = w.num_heads, G = cache.num_kv_heads, heads_per_kv = H / G;
+    const size_t tile_heads = std::min(heads_per_kv, kTileRows),
+                 tile_tokens = std::max<size_t>(1, kTileRows / tile_heads);
+    const size_t head_parts = ceil_div(heads_per_kv, tile_heads);
+    std::vector<QueryTile> tiles;
+    for (const Span& span : step.spans) {
+        // The last tokens see most keys; they go first, so that what is left at the end is short.
+        for (size_t t = ceil_div(span.num_tokens, tile_tokens); t-- > 0;) {
+            const size_t first = t * tile_tokens, count = std::min(tile_tokens, span.num_tokens - first);
+            for (size_t g = 0; g < G; ++g) {
+                for (size_t part = 0; part < head_parts; ++part) {
+                    const size_t head = g * heads_per_kv + part * tile_heads;
+                    const size_t heads = std::min(tile_heads, heads_per_kv - part * tile_heads);
+                    const size_t offset = (span.first_row + first) * H * d + head * d;
+                    tiles.push_back({q + offset, attended + offset, H * d, count, heads, g,
+                                     span.first_position + first, span.block_table});
+                }
+            }
+        }
+    }
+    return tiles;
+}
+
 }  // namespace
 
 void Runtime::Packed::resize(size_t count, size_t columns, Format format) {
@@ -170,22 +134,34 @@ Tokens Runtime::Packed::from(size_t first, size_t count) const {
     return part;
 }
 
+void Runtime::prepare(size_t columns) {
+    const size_t words = kernels_.token_group * (columns / 4 + 1),
+                 blocks = kernels_.token_group * (columns / kBlock + 1);
+    for (ThreadScratch& scratch : threads_) {
+        scratch.product.get(product_scratch_bytes(columns));
+        scratch.codes.get(words);
+        scratch.scales.get(blocks);
+        scratch.bias.get(2 * blocks);
+        scratch.rows.get(kernels_.token_group * columns);
+    }
+}
+
 // Packs rows [first, first + count) of `packed`, one token group.
 void Runtime::pack(Packed& packed, size_t first, size_t count, const Row* rows) {
-    const Tokens group = packed.from(first, count);
     const size_t columns = packed.tokens.columns;
     if (!is_quantized(packed.weights)) {
-        auto* values = const_cast<float*>(group.values);
+        const size_t padding = packed.weights == Format::kBf16 ? columns % 2 : 0;
+        float* values = packed.values.data() + first * (columns + padding);
         for (size_t c = 0; c < columns; ++c) {
             for (size_t t = 0; t < count; ++t) values[c * count + t] = rows[t].values[c];
         }
-        if (packed.weights == Format::kBf16 && columns % 2) std::fill_n(values + columns * count, count, 0.0f);
+        std::fill_n(values + columns * count, padding * count, 0.0f);
         return;
     }
     const size_t blocks = columns / kBlock, spans = blocks * spans_per_block(packed.weights);
-    auto* codes = const_cast<int32_t*>(group.codes);
-    auto* scales = const_cast<float*>(group.scales);
-    auto* bias = const_cast<int32_t*>(group.bias);
+    int32_t* codes = packed.codes.data() + first * columns / 4;
+    float* scales = packed.scales.data() + first * blocks;
+    int32_t* bias = packed.bias.data() + first * spans;
     if (kernels_.tile_tokens != 0 && count >= kernels_.tile_tokens) {
         for (size_t t = 0; t < count; ++t) std::memcpy(codes + t * columns / 4, rows[t].codes, columns);
     } else {
@@ -204,22 +180,21 @@ void Runtime::quantize_and_pack(Packed& packed, size_t first, size_t count, cons
                                 ThreadScratch& scratch, const float* norm, float eps) {
     const size_t columns = packed.tokens.columns;
     const size_t blocks = columns / kBlock, spans = blocks * spans_per_block(packed.weights);
-    float* normed = norm ? scratch.rows.get(kernels_.token_group * columns) : nullptr;
-    auto* codes = scratch.codes.get(kernels_.token_group * columns / 4 + 1);
-    auto* scales = scratch.scales.get(kernels_.token_group * blocks + 1);
-    auto* bias = scratch.bias.get(kernels_.token_group * spans + 1);
     Row rows[kMaxTokenGroup];
     for (size_t t = 0; t < count; ++t) {
         const float* row = x + (first + t) * stride;
         if (norm) {
-            kernels_.rms_norm(row, norm, columns, eps, normed + t * columns);
-            row = normed + t * columns;
+            float* normed = scratch.rows.data() + t * columns;
+            kernels_.rms_norm(row, norm, columns, eps, normed);
+            row = normed;
         }
-        rows[t] = {codes + t * columns / 4, scales + t * blocks, bias + t * spans, row};
+        int32_t* codes = scratch.codes.data() + t * columns / 4;
+        float* scales = scratch.scales.data() + t * blocks;
+        int32_t* bias = scratch.bias.data() + t * spans;
         if (is_quantized(packed.weights)) {
-            kernels_.quantize(row, columns, packed.weights, reinterpret_cast<int8_t*>(codes + t * columns / 4),
-                              scales + t * blocks, bias + t * spans);
+            kernels_.quantize(row, columns, packed.weights, reinterpret_cast<int8_t*>(codes), scales, bias);
         }
+        rows[t] = {codes, scales, bias, row};
     }
     pack(packed, first, count, rows);
 }
@@ -236,9 +211,8 @@ void Runtime::quantize_and_pack_all(Packed& packed, const float* x, size_t strid
 
 void Runtime::run_product(const Matrix& matrix, const Tokens& tokens, Output output, Runs& groups,
                           ThreadScratch& scratch) {
-    uint8_t* bytes = scratch.product.get(product_scratch_bytes(matrix.columns));
     for (size_t first, last; groups.take(first, last);) {
-        kernels_.product(matrix, first, last, tokens, output, bytes);
+        kernels_.product(matrix, first, last, tokens, output, scratch.product.data());
     }
 }
 
@@ -249,12 +223,9 @@ void Runtime::embed(const Matrix& matrix, const int32_t* ids, size_t count, floa
     });
 }
 
-void Runtime::linear(const Matrix& matrix, const float* x, size_t num_tokens, float* out) {
-    logits(nullptr, 0.0f, matrix, x, num_tokens, out);
-}
-
 void Runtime::logits(const float* norm, float eps, const Matrix& head, const float* x, size_t num_tokens,
                      float* out) {
+    prepare(head.columns);
     inputs_.resize(num_tokens, head.columns, head.format);
     Items groups(group_count(num_tokens));
     Runs rows = runs_of(head);
@@ -272,30 +243,12 @@ void Runtime::attention(const AttentionWeights& w, const Cache& cache, const Ste
     float* k = k_.get(T * G * d);
     float* v = v_.get(T * G * d);
     float* attended = attended_.get(T * H * d);
+    prepare(std::max(D, H * d));
+    for (ThreadScratch& scratch : threads_) scratch.floats.get(attend_scratch_floats(d));
     inputs_.resize(T, D, w.q.format);
     inner_.resize(T, H * d, w.o.format);
 
-    // A tile is all query heads of one key head, for as many neighbouring tokens as fit.
-    const size_t heads_per_kv = H / G;
-    const size_t tile_heads = std::min(heads_per_kv, kTileRows),
-                 tile_tokens = std::max<size_t>(1, kTileRows / tile_heads);
-    const size_t head_parts = ceil_div(heads_per_kv, tile_heads);
-    std::vector<QueryTile> tiles;
-    for (const Span& span : step.spans) {
-        // The last tokens see most keys; they go first, so that what is left at the end is short.
-        for (size_t t = ceil_div(span.num_tokens, tile_tokens); t-- > 0;) {
-            const size_t first = t * tile_tokens, count = std::min(tile_tokens, span.num_tokens - first);
-            for (size_t g = 0; g < G; ++g) {
-                for (size_t part = 0; part < head_parts; ++part) {
-                    const size_t head = g * heads_per_kv + part * tile_heads;
-                    const size_t heads = std::min(tile_heads, heads_per_kv - part * tile_heads);
-                    const size_t offset = (span.first_row + first) * H * d + head * d;
-                    tiles.push_back({q + offset, attended + offset, H * d, count, heads, g,
-                                     span.first_position + first, span.block_table});
-                }
-            }
-        }
-    }
+    const std::vector<QueryTile> tiles = query_tiles(w, cache, step, q, attended);
     Runs q_rows = runs_of(w.q), k_rows = runs_of(w.k), v_rows = runs_of(w.v), o_rows = runs_of(w.o);
     Items groups(group_count(T)), tokens(T), tile_items(tiles.size()), out_groups(group_count(T));
     pool_.run([&](int thread) {
@@ -320,8 +273,7 @@ void Runtime::attention(const AttentionWeights& w, const Cache& cache, const Ste
             kernels_.write_kv(cache, k + t * G * d, v + t * G * d, step.slots[t]);
         }
         pool_.barrier();
-        float* floats = scratch.floats.get(attend_scratch_floats(d));
-        for (size_t tile; tile_items.take(tile);) kernels_.attend(cache, tiles[tile], floats);
+        for (size_t tile; tile_items.take(tile);) kernels_.attend(cache, tiles[tile], scratch.floats.data());
         pool_.barrier();
         quantize_and_pack_all(inner_, attended, H * d, out_groups, scratch, nullptr, 0.0f);
         pool_.barrier();
@@ -333,6 +285,7 @@ void Runtime::route(const float* norm, float eps, const Matrix& router, size_t t
                     const float* x, size_t num_tokens, float* h, int32_t* ids, float* weights) {
     const size_t D = router.columns, E = router.rows;
     float* scores = scores_.get(num_tokens * E);
+    prepare(D);
     inputs_.resize(num_tokens, D, router.format);
     Items norms(num_tokens), groups(group_count(num_tokens)), tokens(num_tokens);
     Runs rows = runs_of(router);
@@ -366,6 +319,7 @@ void Runtime::moe(const std::vector<Expert>& experts, const float* h, const int3
     const size_t D = gate.columns, F = gate.rows, up_groups = gate.num_groups(), F_padded = up_groups * kRowGroup;
     const size_t down_groups = experts[0].down.num_groups();
     const size_t blocks = D / kBlock, spans = blocks * spans_per_block(format);
+    prepare(std::max(D, F));
     inputs_.resize(num_pairs, D, format);
     inner_.resize(num_pairs, F, format);
     float* hidden = hidden_.get(num_pairs * F_padded);
@@ -376,11 +330,10 @@ void Runtime::moe(const std::vector<Expert>& experts, const float* h, const int3
 
     Items rows(is_quantized(format) ? num_tokens : 0), in_groups(plan.groups.size()), h_groups(plan.groups.size()),
         tokens(num_tokens);
-    Runs up_rows(plan.shares.size() * up_groups, num_threads()),
-        down_rows(plan.shares.size() * down_groups, num_threads());
+    Runs up_rows = runs_of(gate, plan.shares.size()), down_rows = runs_of(experts[0].down, plan.shares.size());
     pool_.run([&](int thread) {
         auto& scratch = threads_[static_cast<size_t>(thread)];
-        uint8_t* bytes = scratch.product.get(product_scratch_bytes(std::max(D, F)));
+        uint8_t* bytes = scratch.product.data();
         for (size_t t; rows.take(t);) {
             kernels_.quantize(h + t * D, D, format, reinterpret_cast<int8_t*>(codes + t * D / 4),
                               scales + t * blocks, bias + t * spans);
@@ -427,9 +380,13 @@ void Runtime::moe(const std::vector<Expert>& experts, const float* h, const int3
 void Runtime::draw(const float* logits, size_t num_rows, size_t size, const float* temperatures,
                    const Filter* filters, const double* uniforms, int32_t* ids) {
     Items rows(num_rows);
+    for (ThreadScratch& scratch : threads_) {
+        scratch.floats.get(size);
+        scratch.candidates.reserve(size);
+    }
     pool_.run([&](int thread) {
         auto& scratch = threads_[static_cast<size_t>(thread)];
-        float* weights = scratch.rows.get(size);
+        float* weights = scratch.floats.data();
         for (size_t row; rows.take(row);) {
             ids[row] = kernels_.soften(logits + row * size, size, temperatures[row], weights);
             if (ids[row] >= 0 && temperatures[row] > 0.0f) {

@@ -14,7 +14,6 @@
 namespace localmoe {
 
 inline constexpr size_t kMaxTopK = 64;
-inline constexpr size_t kMaxTokenGroup = 16;  // of any level
 
 enum class QkNorm { kNone, kHead, kProjection };
 
@@ -64,6 +63,8 @@ public:
         return data_.get();
     }
 
+    T* data() const { return data_.get(); }
+
 private:
     struct Delete {
         void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); }
@@ -76,14 +77,8 @@ class Runtime {
 public:
     Runtime(const Kernels& kernels, int num_threads, bool pin) : kernels_(kernels), pool_(num_threads, pin) {}
 
-    const char* level() const { return kernels_.name; }
-    int num_threads() const { return pool_.num_threads(); }
-
     // Rows of a matrix as float: out [count][columns].
     void embed(const Matrix& matrix, const int32_t* ids, size_t count, float* out);
-
-    // out [T][rows] = x [T][columns] times the matrix transposed.
-    void linear(const Matrix& matrix, const float* x, size_t num_tokens, float* out);
 
     // x [T][D] += o(attention(rotated, normed qkv(norm(x)))); stores the step's keys and values first.
     void attention(const AttentionWeights& weights, const Cache& cache, const Step& step, float* x);
@@ -99,7 +94,7 @@ public:
     void moe(const std::vector<Expert>& experts, const float* h, const int32_t* ids, const float* weights,
              size_t num_tokens, size_t top_k, float* x);
 
-    // out [T][V] = norm(x) times the head transposed.
+    // out [T][V] = norm(x) times the head transposed; without a norm if it is null.
     void logits(const float* norm, float eps, const Matrix& head, const float* x, size_t num_tokens, float* out);
 
     // A token from each row of logits [S][V], -1 where one is not a finite number; temperature 0 takes the
@@ -129,6 +124,7 @@ private:
         const int32_t* bias;
         const float* values;
     };
+    // One thread's own memory, sized before the threads run.
     struct ThreadScratch {
         Scratch<uint8_t> product;
         Scratch<float> floats;
@@ -140,7 +136,11 @@ private:
     size_t group_count(size_t num_tokens) const {
         return (num_tokens + kernels_.token_group - 1) / kernels_.token_group;
     }
-    Runs runs_of(const Matrix& matrix) const { return Runs(matrix.num_groups(), pool_.num_threads()); }
+    Runs runs_of(const Matrix& matrix, size_t count = 1) const {
+        return Runs(count * matrix.num_groups(), pool_.num_threads());
+    }
+    // Sizes every thread's memory for products with this many columns.
+    void prepare(size_t columns);
     void pack(Packed& packed, size_t first, size_t count, const Row* rows);
     void quantize_and_pack(Packed& packed, size_t first, size_t count, const float* x, size_t stride,
                            ThreadScratch& scratch, const float* norm, float eps);

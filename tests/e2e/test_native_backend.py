@@ -32,7 +32,7 @@ def make_backend(store_path: Path, **config: Any) -> NativeBackend:
     return NativeBackend(
         model="m",
         store_path=store_path,
-        config=EngineConfig(num_threads=1, **config),
+        config=EngineConfig(**{"num_threads": 1, **config}),
         available_memory=lambda: 1 << 32,
         bus=EventBus(),
     )
@@ -133,6 +133,13 @@ async def test_a_start_that_fails_says_why_and_leaves_nothing(tmp_path: Path) ->
         await backend.start()
     with pytest.raises(AssertionError, match="has no engine"):
         engine_pid(os.getpid())
+
+
+async def test_a_start_that_fails_in_a_way_of_its_own_says_why_too(tiny_home: Path) -> None:
+    pytest.importorskip("localmoe._cpu", reason="the C++ kernels were not built")
+    backend = make_backend(tiny_home / STORE, num_threads=99999)
+    with pytest.raises(EngineStartError, match="num_threads"):
+        await backend.start()
 
 
 async def test_a_full_queue_and_a_bad_request_cost_nobody_else_anything(tiny_home: Path) -> None:

@@ -39,6 +39,23 @@ def test_an_automatic_cache_takes_a_quarter_of_what_is_free_within_reason() -> N
     assert EngineConfig().resolve(SHAPE, F32, 1 << 40).kv_cache_bytes == 128 * CONTEXT_BYTES
 
 
+def test_a_cache_is_as_exact_as_the_weights_unless_it_says_otherwise() -> None:
+    for weights, setting, dtype in (
+        (F32, "auto", "f32"),
+        (WeightFormat.INT8, "auto", "bf16"),
+        (F32, "bf16", "bf16"),
+    ):
+        config = EngineConfig(kv_cache_dtype=setting).resolve(SHAPE, weights, CONTEXT_BYTES)
+        assert config.kv_cache_dtype == dtype
+        assert config.kv_cache_bytes == 1024 * kv_bytes_per_token(SHAPE, dtype)
+
+
+def test_blocks_are_what_kernels_can_work_on() -> None:
+    assert EngineConfig(block_tokens=32).block_tokens == 32
+    with pytest.raises(ValueError, match="block_tokens is 24; it must be a multiple of 16"):
+        EngineConfig(block_tokens=24)
+
+
 def test_a_shorter_context_needs_less() -> None:
     config = EngineConfig(max_context_tokens=512).resolve(SHAPE, F32, CONTEXT_BYTES // 2)
     assert (config.max_context_tokens, config.kv_cache_bytes) == (512, CONTEXT_BYTES // 2)

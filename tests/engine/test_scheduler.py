@@ -20,12 +20,12 @@ from support.speculation import Eager
 def make(num_blocks: int = 100, **config: Any) -> tuple[Scheduler, BlockPool]:
     """Without measurements, which nothing here gives to the controller, it never drafts."""
     pool = BlockPool(num_blocks)
-    return Scheduler(EngineConfig(block_tokens=4, **config), pool, SpeculationController()), pool
+    return Scheduler(EngineConfig(block_tokens=16, **config), pool, SpeculationController()), pool
 
 
 def make_eager(num_blocks: int = 100, **config: Any) -> tuple[Scheduler, BlockPool]:
     pool = BlockPool(num_blocks)
-    return Scheduler(EngineConfig(block_tokens=4, **config), pool, Eager()), pool
+    return Scheduler(EngineConfig(block_tokens=16, **config), pool, Eager()), pool
 
 
 def request(name: str, prompt: int | list[int], max_tokens: int = 4, **sampling: Any) -> Request:
@@ -112,65 +112,65 @@ def test_a_long_prompt_is_chunked_and_never_holds_up_decoding() -> None:
 
 def test_equal_prefixes_are_computed_once() -> None:
     scheduler, pool = make()
-    scheduler.add(request("a", 10))
+    scheduler.add(request("a", 40))
     finish_all(scheduler)
-    scheduler.add(request("b", 10))
+    scheduler.add(request("b", 40))
     plan = scheduler.schedule()
     assert plan is not None
-    assert plan.sequences[0].start == 8
+    assert plan.sequences[0].start == 32
     finish_all_after = run(scheduler, plan)
     assert finish_all_after
     finish_all(scheduler)
-    assert scheduler.prefix_hits_tokens == 8
+    assert scheduler.prefix_hits_tokens == 32
     assert pool.num_free == pool.num_blocks
 
 
 def test_a_fully_known_prompt_still_computes_its_last_token() -> None:
     scheduler, _ = make()
-    scheduler.add(request("a", 8, max_tokens=1))
+    scheduler.add(request("a", 32, max_tokens=1))
     finish_all(scheduler)
-    scheduler.add(request("b", 8, max_tokens=1))
+    scheduler.add(request("b", 32, max_tokens=1))
     plan = scheduler.schedule()
     assert plan is not None
-    assert (plan.sequences[0].start, len(plan.sequences[0].token_ids)) == (4, 4)
+    assert (plan.sequences[0].start, len(plan.sequences[0].token_ids)) == (16, 16)
 
 
 def test_prefix_caching_can_be_switched_off() -> None:
     scheduler, _ = make(prefix_caching=False)
     for name in "ab":
-        scheduler.add(request(name, 10))
+        scheduler.add(request(name, 40))
         finish_all(scheduler)
     assert scheduler.prefix_hits_tokens == 0
 
 
 def test_scoring_a_prompt_computes_all_of_it_and_reports_once() -> None:
-    scheduler, _ = make(max_num_batched_tokens=4)
-    scheduler.add(request("warm", 10))
+    scheduler, _ = make(max_num_batched_tokens=16)
+    scheduler.add(request("warm", 40))
     finish_all(scheduler)
-    scheduler.add(request("a", 10, max_tokens=0, prompt_logprobs=0))
+    scheduler.add(request("a", 40, max_tokens=0, prompt_logprobs=0))
     scores: list[TokenLogprob] = []
     while (plan := scheduler.schedule()) is not None:
         [step] = plan.sequences
         assert step.scores_prompt
         assert not step.samples
         here = [
-            TokenLogprob(t, -1.0, []) for t in range(step.start + 1, min(step.start + len(step.token_ids), 9) + 1)
+            TokenLogprob(t, -1.0, []) for t in range(step.start + 1, min(step.start + len(step.token_ids), 39) + 1)
         ]
         out = scheduler.update(plan, {step.sequence_id: StepResult(prompt_logprobs=tuple(here))})
         for chunk in out:
             assert isinstance(chunk, TokenChunk)
             assert chunk.finish_reason is FinishReason.LENGTH
             scores = chunk.prompt_logprobs or []
-    assert [score.token_id for score in scores] == list(range(1, 10))
+    assert [score.token_id for score in scores] == list(range(1, 40))
 
 
 def test_when_blocks_run_out_the_youngest_is_recomputed_later() -> None:
     scheduler, pool = make(num_blocks=5, prefix_caching=False)
-    scheduler.add(request("old", [1] * 6, max_tokens=12))
-    scheduler.add(request("young", [2] * 6, max_tokens=12))
+    scheduler.add(request("old", [1] * 24, max_tokens=48))
+    scheduler.add(request("young", [2] * 24, max_tokens=48))
     tokens = finish_all(scheduler)
     assert scheduler.num_preemptions > 0
-    assert tokens == {"old": [7] * 12, "young": [7] * 12}
+    assert tokens == {"old": [7] * 48, "young": [7] * 48}
     assert pool.num_free == pool.num_blocks
 
 
@@ -206,7 +206,7 @@ def test_cancelling_frees_blocks_wherever_the_request_is() -> None:
     assert pool.num_free == pool.num_blocks
 
 
-REPETITIVE = [1, 2, 3, 1, 2, 3]
+REPETITIVE = [1, 2, 3] * 4
 
 
 def decode_step(scheduler: Scheduler, token: int = 1) -> tuple[SequenceStep, ...]:
@@ -223,8 +223,8 @@ def test_a_step_carries_a_draft_and_only_what_agrees_with_it_is_known() -> None:
     scheduler, _ = make_eager()
     scheduler.add(request("a", REPETITIVE, max_tokens=20))
     [step] = decode_step(scheduler)
-    assert (step.token_ids[:4], step.num_drafts, step.start) == ((1, 2, 3, 1), 8, 6)
-    assert len(step.block_table) * 4 >= 6 + 9
+    assert (step.token_ids[:4], step.num_drafts, step.start) == ((1, 2, 3, 1), 8, 12)
+    assert len(step.block_table) * 16 >= 12 + 9
     result = StepResult(token_ids=(2, 3, 7))
     [chunk] = scheduler.update(BatchPlan(sequences=(step,)), {step.sequence_id: result})
     assert isinstance(chunk, TokenChunk)
@@ -232,7 +232,7 @@ def test_a_step_carries_a_draft_and_only_what_agrees_with_it_is_known() -> None:
     assert (scheduler.num_draft_tokens, scheduler.num_accepted_tokens) == (8, 2)
     plan = scheduler.schedule()
     assert plan is not None
-    assert (plan.sequences[0].token_ids, plan.sequences[0].start) == ((7,), 9)
+    assert (plan.sequences[0].token_ids, plan.sequences[0].start) == ((7,), 15)
 
 
 @pytest.mark.parametrize(("max_tokens", "num_drafts"), [(2, 0), (3, 1), (6, 4)])
@@ -251,7 +251,7 @@ def test_a_draft_ends_before_a_stop_token() -> None:
 def test_drafts_count_against_the_budget() -> None:
     scheduler, _ = make_eager(max_num_batched_tokens=13)
     for name in "ab":
-        scheduler.add(request(name, REPETITIVE, max_tokens=20))
+        scheduler.add(request(name, REPETITIVE[:6], max_tokens=20))
     assert [step.num_drafts for step in decode_step(scheduler)] == [8, 3]
 
 
@@ -274,10 +274,10 @@ def test_speculation_can_be_switched_off() -> None:
 
 
 def test_drafts_take_no_block_that_another_needs_next() -> None:
-    scheduler, pool = make_eager(num_blocks=6, prefix_caching=False)
+    scheduler, pool = make_eager(num_blocks=4, prefix_caching=False)
     for name in "ab":
         scheduler.add(request(name, REPETITIVE, max_tokens=20))
-    assert [step.num_drafts for step in decode_step(scheduler)] == [1, 1], "what fits into the blocks they have"
+    assert [step.num_drafts for step in decode_step(scheduler)] == [3, 3], "what fits into the blocks they have"
     assert pool.num_free == 2
     assert scheduler.num_preemptions == 0
 
@@ -290,7 +290,7 @@ def test_a_draft_without_any_result_is_the_last() -> None:
     assert scheduler.update(BatchPlan(sequences=(step,)), {step.sequence_id: StepResult()}) == []
     plan = scheduler.schedule()
     assert plan is not None
-    assert (plan.sequences[0].token_ids, plan.sequences[0].start) == ((1,), 6)
+    assert (plan.sequences[0].token_ids, plan.sequences[0].start) == ((1,), 12)
     assert isinstance(run(scheduler, plan)[0], TokenChunk)
     assert len(finish_all(scheduler)["a"]) == 18
     assert pool.num_free == pool.num_blocks
@@ -304,21 +304,22 @@ def test_random_traffic_loses_nothing(seed: int, num_blocks: int, prefix_caching
     scheduler, pool = (make_eager if drafts else make)(
         num_blocks=num_blocks,
         prefix_caching=prefix_caching,
-        max_num_batched_tokens=rng.randint(1, 12),
+        max_num_batched_tokens=rng.randint(1, 48),
         max_num_seqs=4,
     )
     wanted, got, gone = {}, {}, set()
     for i in range(12):
-        length, max_tokens = rng.randint(1, 12), rng.randint(1, 10)
+        length, max_tokens = rng.randint(1, 48), rng.randint(1, 40)
         name = f"r{i}"
         wanted[name] = max_tokens
         got[name] = 0
-        scheduler.add(request(name, [rng.randint(0, 1) for _ in range(length)], max_tokens=max_tokens))
+        prompt = [rng.randint(0, 1)] * length  # runs, so that many begin with equal blocks
+        scheduler.add(request(name, prompt, max_tokens=max_tokens))
         for _ in range(rng.randint(0, 6)):
             plan = scheduler.schedule()
             if plan is None:
                 break
-            assert plan.num_tokens <= 12
+            assert plan.num_tokens <= 48
             outputs = (
                 scheduler.fail(plan, "boom") if rng.random() < 0.03 else run(scheduler, plan, rng.randint(0, 1))
             )

@@ -57,7 +57,7 @@ def test_product(level: str, weights: WeightFormat, rows: int, columns: int, num
         columns = -(-columns // 32) * 32
     matrix = random_codes(weights, rows, columns, seed)
     x = random(num_tokens, columns, seed=seed) * 4.0 ** random_ints(-3, 4, num_tokens, columns, seed=seed)
-    check_product(cpu_kernels(level).linear(matrix, x), x, matrix)
+    check_product(cpu_kernels(level).linear(matrix)(x), x, matrix)
 
 
 @each_format
@@ -65,11 +65,11 @@ def test_product(level: str, weights: WeightFormat, rows: int, columns: int, num
 def test_a_tokens_product_has_the_same_bits_everywhere(weights: WeightFormat, rows: int, columns: int) -> None:
     matrix, x = random_codes(weights, rows, columns), random(70, columns)
     first = cpu_kernels(LEVELS[0], 1)
-    alone = torch.cat([first.linear(matrix, x[[t]]) for t in range(70)])
+    alone = torch.cat([first.linear(matrix)(x[[t]]) for t in range(70)])
     for level, num_threads in EVERYWHERE:
         kernels = cpu_kernels(level, num_threads)
         for count in range(1, 71):
-            assert same_bits(kernels.linear(matrix, x[70 - count :]), alone[70 - count :]), (level, num_threads)
+            assert same_bits(kernels.linear(matrix)(x[70 - count :]), alone[70 - count :]), (level, num_threads)
 
 
 @each_level
@@ -82,9 +82,9 @@ def test_a_number_that_is_not_finite_spoils_its_token_alone(
     matrix, x = random_codes(weights, 40, 96), random(num_tokens, 96)
     kernels = cpu_kernels(level)
     others = torch.arange(num_tokens) != num_tokens // 2
-    before = kernels.linear(matrix, x)
+    before = kernels.linear(matrix)(x)
     x[num_tokens // 2, 37] = number
-    after = kernels.linear(matrix, x)
+    after = kernels.linear(matrix)(x)
     assert not after[num_tokens // 2].isfinite().any()
     assert same_bits(after[others], before[others])
 
@@ -97,8 +97,8 @@ def test_inputs_of_any_size(level: str, weights: WeightFormat, size: float) -> N
     matrix, x = pack_matrix(random(40, 96) / 100, weights), random(14, 96)
     x[:, :32] = x[:, :32].clamp(-1, 1) * size
     x[:, 64:] = 0.0
-    check_product(cpu_kernels(level).linear(matrix, x), x, matrix)
-    assert not cpu_kernels(level).linear(matrix, torch.zeros(3, 96)).any()
+    check_product(cpu_kernels(level).linear(matrix)(x), x, matrix)
+    assert not cpu_kernels(level).linear(matrix)(torch.zeros(3, 96)).any()
 
 
 @each_level
@@ -110,7 +110,7 @@ def test_extreme_scales_of_nvfp4(level: str, num_tokens: int) -> None:
         codes = random_ints(0, 256, 20, 64).byte()
         matrix = pack_nvfp4(Nvfp4Matrix(codes=codes, scales=scales, tensor_scale=tensor_scale))
         x = random(num_tokens, 128) * (1e10 if tensor_scale < 1 else 1)
-        check_product(cpu_kernels(level).linear(matrix, x), x, matrix)
+        check_product(cpu_kernels(level).linear(matrix)(x), x, matrix)
 
 
 @each_level
@@ -120,7 +120,7 @@ def test_extreme_scales_of_mxfp4(level: str, num_tokens: int, scale: int) -> Non
     codes, scales = random_ints(0, 256, 20, 16).byte(), torch.full((20, 1), scale, dtype=torch.uint8)
     matrix = pack_mxfp4(Mxfp4Matrix(codes=codes, scales=scales))
     x = random(num_tokens, 32) * (1e10 if scale < 127 else 1)
-    check_product(cpu_kernels(level).linear(matrix, x), x, matrix)
+    check_product(cpu_kernels(level).linear(matrix)(x), x, matrix)
 
 
 @each_level

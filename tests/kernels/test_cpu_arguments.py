@@ -10,6 +10,7 @@ import torch
 from cpu_levels import LEVELS, cpu_kernels, each_format, each_level
 from kernel_samples import cache_with, paged_step, random, random_codes, scattered_tables, weight_matrix
 
+from localmoe.core.errors import EngineStartError
 from localmoe.core.model import WeightFormat
 from localmoe.formats.packed import PackedMatrix
 from localmoe.formats.store import ExpertWeights
@@ -94,7 +95,7 @@ def test_embedding() -> None:
 def test_product_and_head(x: tuple[int, int]) -> None:
     matrix = random_codes(F32, 20, 64)
     with pytest.raises(ValueError, match="fit"):
-        kernels().linear(matrix, random(*x))
+        kernels().linear(matrix)(random(*x))
     with pytest.raises(ValueError, match="fit"):
         kernels().head(random(64), matrix, 1e-5)(random(*x))
     with pytest.raises(ValueError, match="fit"):
@@ -106,11 +107,11 @@ def test_product_and_head(x: tuple[int, int]) -> None:
 
 
 def test_arrays_of_another_type_or_order() -> None:
-    linear = kernels().linear
     matrix = random_codes(F32, 20, 64)
+    linear = kernels().linear(matrix)
     for x in (random(64, 3).T, random(6, 64)[::2], random(3, 128)[:, :64], random(3, 64).double(), random(64)):
         with pytest.raises((TypeError, ValueError)):
-            linear(matrix, x)
+            linear(x)
     runtime, bound, x_TC = _cpu.Runtime(LEVELS[0], 1), bind(matrix), np.zeros((3, 64), np.float32)
     read_only = np.zeros((3, 20), np.float32)
     read_only.flags.writeable = False
@@ -123,7 +124,7 @@ def test_arrays_of_another_type_or_order() -> None:
 @each_format
 def test_no_tokens_are_no_work(level: str, weights: WeightFormat) -> None:
     matrix, cpu = random_codes(weights, 20, 64), cpu_kernels(level)
-    assert cpu.linear(matrix, torch.empty(0, 64)).shape == (0, 20)
+    assert cpu.linear(matrix)(torch.empty(0, 64)).shape == (0, 20)
     assert cpu.head(random(64), matrix, 1e-5)(torch.empty(0, 64)).shape == (0, 20)
     assert cpu.embedding(matrix)(torch.empty(0, dtype=torch.int32)).shape == (0, 64)
 
@@ -137,10 +138,12 @@ def test_router() -> None:
         (replace(weights, top_k=5), 64),
         (replace(weights, top_k=0), 64),
         (replace(weights, router=None), 63),
-        (many, 8),
     ):
         with pytest.raises(ValueError, match=r"fit|top_k"):
             kernels().router(wrong)(random(3, columns))
+    assert kernels().router(replace(many, top_k=64))(random(3, 8))[1].shape == (3, 64)
+    with pytest.raises(EngineStartError, match="65 experts, 64 are most"):
+        kernels().router(many)
 
 
 def test_experts() -> None:

@@ -36,7 +36,7 @@ def make_engine(decoder: Decoder, config: EngineConfig, num_blocks: int = 400) -
     """An engine around a loaded decoder, with a float32 cache of this many blocks."""
     block_bytes = config.block_tokens * kv_bytes_per_token(decoder.shape, "f32")
     config = replace(config, kv_cache_bytes=num_blocks * block_bytes, kv_cache_dtype="f32")
-    return Engine("test", decoder, config)
+    return Engine("test", decoder, kernels_under_test(), config)
 
 
 def greedy(name: str, prompt_ids: list[int], max_tokens: int = 64) -> Request:

@@ -6,7 +6,7 @@ before all of them have passed. Scales are constant, so that all weights are num
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -16,13 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from localmoe import _cpu
 from localmoe.bench.engine import sequence_step
 from localmoe.bench.machine import READ_BYTES, cpu_name, read_bandwidth_bytes_s
 from localmoe.bench.weights import DENSE_SPREAD, EXPERT_SPREAD, constant_scales, set_exponents_
 from localmoe.core.errors import EngineStartError
 from localmoe.core.model import ModelShape, QkNorm, WeightFormat
-from localmoe.engine.config import EngineConfig
 from localmoe.engine.kv_cache import place
 from localmoe.formats.packed import PackedMatrix, packed_bytes
 from localmoe.formats.store import ExpertWeights
@@ -30,6 +28,7 @@ from localmoe.hardware.memory import available_memory_bytes
 from localmoe.kernels.base import Attention, AttentionWeights, PagedStep, rotary_frequencies
 from localmoe.kernels.cpu import CpuKernels
 
+KERNELS = ("matrix", "moe", "head", "attention")
 FORMATS = (WeightFormat.MXFP4, WeightFormat.NVFP4, WeightFormat.INT8, WeightFormat.BF16)
 """BF16 last: it turns the buffer into numbers of its own, which are still random bytes to the others."""
 MATRIX_TOKENS = (1, 2, 4, 8, 16, 64, 512)
@@ -87,24 +86,26 @@ class Work:
 
 def measure_kernels(
     shape: ModelShape,
-    config: EngineConfig,
+    kernels: CpuKernels,
+    num_threads: int,
     say: Callable[[str], None],
     *,
+    only: Collection[str] = KERNELS,
     rotation_bytes: int = READ_BYTES,
     limit_s: float = 0.5,
 ) -> KernelReport:
-    """Time every kernel.
+    """Time kernels.
 
     Args:
         shape: says the sizes.
-        config: with a level of the C++ kernels and a number of threads.
+        num_threads: of the kernels, and to read memory with.
+        only: of `KERNELS`.
         rotation_bytes: least that weights rotate over.
         limit_s: of each setting, once it has run a few times.
 
     Raises:
         EngineStartError: there is not the memory.
     """
-    assert config.num_threads is not None
     # A layer more than that, so that whole layers make up that much.
     buffer_bytes = rotation_bytes + 3 * shape.num_experts * shape.expert_size * shape.hidden_size * 2
     needed_bytes = buffer_bytes + buffer_bytes // 4  # scales and results, roughly
@@ -114,24 +115,25 @@ def measure_kernels(
             f"end what takes it"
         )
     say("reading memory")
-    bandwidth = read_bandwidth_bytes_s(config.num_threads, rotation_bytes)
+    bandwidth = read_bandwidth_bytes_s(num_threads, rotation_bytes)
     say("drawing weights")
     buffer = _random_bytes(buffer_bytes)
-    kernels = CpuKernels(config.cpu_level, config.num_threads, pin=config.pin_threads)
-    times = []
+    times: list[KernelTime] = []
     for weights in FORMATS:
         if weights is WeightFormat.BF16:
             set_exponents_(buffer, EXPERT_SPREAD)
-        say(f"matrix and moe, {weights}")
-        times += [_measure(work, bandwidth, limit_s) for work in _matrix_works(shape, config, weights, buffer)]
-        times += [_measure(work, bandwidth, limit_s) for work in _moe_works(shape, kernels, weights, buffer)]
-    say("head and attention")
-    times += [_measure(work, bandwidth, limit_s) for work in _head_works(shape, kernels, buffer)]
-    times += [_measure(work, bandwidth, limit_s) for work in _attention_works(shape, kernels, buffer)]
+        for kernel, works in (("matrix", _matrix_works), ("moe", _moe_works)):
+            if kernel in only:
+                say(f"{kernel}, {weights}")
+                times += [_measure(work, bandwidth, limit_s) for work in works(shape, kernels, weights, buffer)]
+    for kernel, dense_works in (("head", _head_works), ("attention", _attention_works)):
+        if kernel in only:
+            say(kernel)
+            times += [_measure(work, bandwidth, limit_s) for work in dense_works(shape, kernels, buffer)]
     return KernelReport(
         machine=cpu_name(),
-        level=config.cpu_level,
-        threads=config.num_threads,
+        level=kernels.level,
+        threads=num_threads,
         read_bandwidth_gb_s=bandwidth / 1e9,
         kernels=times,
     )
@@ -189,26 +191,18 @@ class _Cutter:
         )
 
 
-def _matrix_works(
-    shape: ModelShape, config: EngineConfig, weights: WeightFormat, buffer: Tensor
-) -> Iterator[Work]:
+def _matrix_works(shape: ModelShape, kernels: CpuKernels, weights: WeightFormat, buffer: Tensor) -> Iterator[Work]:
     D = shape.hidden_size
-    # Without the typed wrapper: a product takes 50 us, and in the engine none is called alone.
-    assert config.num_threads is not None
-    runtime = _cpu.Runtime(config.cpu_level, config.num_threads, config.pin_threads)
-    matrices = [
-        _cpu.Matrix(m.format.value, m.rows, m.columns, m.values.numpy(), m.scales.numpy(), m.tensor_scale)
-        for (m,) in _Cutter(buffer, weights, EXPERT_SPREAD).fill((D, D))
-    ]
+    matrices = [kernels.linear(matrix) for (matrix,) in _Cutter(buffer, weights, EXPERT_SPREAD).fill((D, D))]
     for tokens in MATRIX_TOKENS:
-        x_TD, out_TD = _normal(tokens, D).numpy(), np.empty((tokens, D), np.float32)
+        x_TD = _normal(tokens, D)
         yield Work(
             kernel="matrix",
             format=weights,
             tokens=tokens,
             num_bytes=sum(packed_bytes(weights, D, D)),
             flop=2 * tokens * D * D,
-            calls=cycle([partial(runtime.linear, matrix, x_TD, out_TD) for matrix in matrices]),
+            calls=cycle([partial(matrix, x_TD) for matrix in matrices]),
         )
 
 

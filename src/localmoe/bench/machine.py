@@ -6,31 +6,31 @@ from pathlib import Path
 import numpy as np
 
 from localmoe.core.errors import EngineStartError
+from localmoe.kernels.select import cpu_levels
 
 READ_BYTES = 2 << 30
 """Too much for any cache to help."""
 
 
+def cpu_fields(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
+    """What Linux says about the first processor, as `flags`."""
+    first, _, _ = cpuinfo.read_text().partition("\n\n")
+    fields = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in fields}
+
+
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """The processor's name as Linux gives it."""
-    for line in cpuinfo.read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown"
+    return cpu_fields(cpuinfo).get("model name", "unknown")
 
 
-def best_level() -> str:
-    """The highest level of instructions that this machine runs.
+def require_cpu_kernels() -> str:
+    """The best level of the C++ kernels.
 
     Raises:
-        EngineStartError: there are no C++ kernels, without which nothing is measured.
+        EngineStartError: there are none, without which nothing is measured.
     """
-    try:
-        from localmoe import _cpu
-    except ImportError:
-        levels = []
-    else:
-        levels = _cpu.levels()
+    levels = cpu_levels()
     if not levels:
         raise EngineStartError(
             "the C++ kernels, which benchmarks need, are not here: the machine has no AVX2, or they were not built; "
@@ -41,7 +41,7 @@ def best_level() -> str:
 
 def read_bandwidth_bytes_s(num_threads: int, num_bytes: int = READ_BYTES) -> float:
     """Best of five reads of a buffer by all threads. Raises EngineStartError without C++ kernels."""
-    level = best_level()
+    level = require_cpu_kernels()
     from localmoe.kernels.cpu import CpuKernels
 
     kernels = CpuKernels(level, num_threads, pin=False)

@@ -44,7 +44,7 @@ QWEN3: dict[str, Any] = {
 }
 SHAPES = {"olmoe-1b-7b": OLMOE, "qwen3-30b-a3b": QWEN3}
 
-_GGUF_MODEL_TYPES = {"olmoe": "olmoe", "qwen3moe": "qwen3_moe"}
+GGUF_MODEL_TYPES = {"olmoe": "olmoe", "qwen3moe": "qwen3_moe"}
 """GGUF's architectures and ours. Both rotate halves of heads, so that no rows need to be reordered."""
 
 
@@ -87,9 +87,9 @@ def _parse(config: dict[str, Any]) -> ModelShape:
 def _gguf_config(file: GGUFFile) -> dict[str, Any]:
     """The `config.json` of the same model."""
     arch = file.value("general.architecture", str)
-    if arch not in _GGUF_MODEL_TYPES:
+    if arch not in GGUF_MODEL_TYPES:
         raise CheckpointError(
-            f"{file.path}: holds a {arch!r:.40} model; {' and '.join(_GGUF_MODEL_TYPES)} are read from GGUF"
+            f"{file.path}: holds a {arch!r:.40} model; {' and '.join(GGUF_MODEL_TYPES)} are read from GGUF"
         )
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
@@ -98,7 +98,7 @@ def _gguf_config(file: GGUFFile) -> dict[str, Any]:
     if expert_size is None:
         expert_size = file.value(f"{arch}.feed_forward_length", int)
     return {
-        "model_type": _GGUF_MODEL_TYPES[arch],
+        "model_type": GGUF_MODEL_TYPES[arch],
         "num_hidden_layers": file.value(f"{arch}.block_count", int),
         "hidden_size": file.value(f"{arch}.embedding_length", int),
         "num_attention_heads": file.value(f"{arch}.attention.head_count", int),

@@ -29,7 +29,8 @@ EXPERT_SPREAD = 0.0114
 """Root mean square of an expert's weights; with MXFP4's codes equally likely, a block scale of 2^-8."""
 DENSE_SPREAD = 0.0231
 """The same of attention, embedding and head: int8 codes equally likely, times 0.02 / 64."""
-_ATTENTION_OUTPUT_GAIN = 0.005
+ATTENTION_OUTPUT_GAIN = 0.005
+"""Keeps the overlap between tokens' experts where real models have it; see above."""
 _ROUTER_SPREAD = 0.02
 _CODE_SPREADS = {
     WeightFormat.MXFP4: math.sqrt(68.5 / 8),
@@ -158,7 +159,7 @@ def _random_dense(
     part = name.rsplit(".", 1)[-1]
     if part == "router":
         return _normal(rng, rows, columns, _ROUTER_SPREAD)
-    gain = _ATTENTION_OUTPUT_GAIN if part == "o" else 1.0
+    gain = ATTENTION_OUTPUT_GAIN if part == "o" else 1.0
     return _random_matrix(rng, stored, rows, columns, DENSE_SPREAD * gain)
 
 

@@ -1,6 +1,5 @@
 """`localmoe bench`: how fast this machine computes, held against how fast it reads memory."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Measure this machine: the engine, or its kernels one by one.")
 
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Compute threads; by default the server's setting, or one per core.")
+    int | None,
+    typer.Option(min=1, help="Compute threads; by default the server's setting, or one per core."),
 ]
 Level = Annotated[
     str | None, typer.Option(help="Instructions to compute with, as avx2 or amx; by default the server's setting.")
@@ -59,47 +59,64 @@ def engine(
     """
     counts = _parse_streams(streams)
     from localmoe.bench.engine import Workload, check_memory, measure_engine
-    from localmoe.bench.machine import best_level
+    from localmoe.bench.machine import require_cpu_kernels
     from localmoe.bench.shapes import find_model
     from localmoe.bench.weights import ensure_store
     from localmoe.core.errors import ConfigError
     from localmoe.hardware.memory import available_memory_bytes
 
-    best_level()
+    require_cpu_kernels()
     model, stored = find_model(shape), WeightFormat(weights)
     if model.gguf is not None and stored is not WeightFormat.MXFP4:
         raise ConfigError(f"--format is {weights!r}, but the weights of {model.name} are taken as they are: mxfp4")
-    home, config = load_settings().home, _config(threads, level)
-    kernels = _kernels(config)
+    settings = load_settings()
+    config, num_threads = settings.engine, _num_threads(threads, settings.engine)
+    kernels = _kernels(config, level, num_threads)
     check_memory(model, stored, kernels, available_memory_bytes())
     with progress_bars() as on_progress:
-        path = ensure_store(model, stored, home, on_progress)
+        path = ensure_store(model, stored, settings.home, on_progress)
     # No bars from here on: drawing them would take time from what is measured.
     workload = Workload(streams=counts, prompt_tokens=prompt_tokens)
-    report = measure_engine(model, path, kernels, config, workload, lambda stage: typer.echo(stage, err=True))
+    report = measure_engine(model, path, kernels, num_threads, config, workload, _say)
     if as_json:
         _print_json(report)
     else:
         _print_engine(report)
 
 
-@app.command(epilog="Examples: localmoe bench kernels · localmoe bench kernels --threads 1 --level avx2 --json")
-def kernels(threads: Threads = None, level: Level = None, as_json: AsJson = False) -> None:
-    """Measure each CPU kernel on matrices of olmoe-1b-7b's sizes, which rotate over 2 GiB of random weights.
+@app.command(
+    epilog="Examples: localmoe bench kernels · localmoe bench kernels --threads 1 --level avx2 --json · "
+    "localmoe bench kernels --kernels moe --shape qwen3-30b-a3b"
+)
+def kernels(
+    shape: Annotated[
+        str,
+        typer.Option(help="Whose sizes: olmoe-1b-7b, qwen3-30b-a3b, or the path of a config.json or GGUF file."),
+    ] = "olmoe-1b-7b",
+    names: Annotated[str, typer.Option("--kernels", help="Which to measure.")] = "matrix,moe,head,attention",
+    threads: Threads = None,
+    level: Level = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure each CPU kernel on matrices of a model's sizes, which rotate over 2 GiB of random weights.
 
     Takes about a minute and 4 GB of memory.
     """
+    from localmoe.bench.machine import require_cpu_kernels
+
+    require_cpu_kernels()  # first: the modules below cannot be imported without
+    only = _parse_kernels(names)
     from localmoe.bench.kernels import measure_kernels
-    from localmoe.bench.machine import best_level
     from localmoe.bench.shapes import find_model
     from localmoe.core.errors import ConfigError
+    from localmoe.kernels.cpu import CpuKernels
 
-    best, config = best_level(), _config(threads, level)
-    if config.cpu_level == "reference":
-        raise ConfigError("--level is 'reference', but only the C++ kernels are measured one by one")
-    config = replace(config, cpu_level=best if config.cpu_level == "auto" else config.cpu_level)
-    _kernels(config)  # refuses a level that the machine does not run
-    report = measure_kernels(find_model("olmoe-1b-7b").shape, config, lambda stage: typer.echo(stage, err=True))
+    config = load_settings().engine
+    num_threads = _num_threads(threads, config)
+    kernels = _kernels(config, level, num_threads)
+    if not isinstance(kernels, CpuKernels):
+        raise ConfigError(f"--level is {kernels.level!r}, but only the C++ kernels are measured one by one")
+    report = measure_kernels(find_model(shape).shape, kernels, num_threads, _say, only=only)
     if as_json:
         _print_json(report)
     else:
@@ -120,26 +137,35 @@ def _parse_streams(text: str) -> tuple[int, ...]:
     return tuple(sorted({1, *map(int, counts)}))
 
 
-def _config(threads: int | None, level: str | None) -> EngineConfig:
-    """The server's settings, with what the command line says instead."""
-    from localmoe.engine.load import num_compute_threads
+def _parse_kernels(text: str) -> frozenset[str]:
+    from localmoe.bench.kernels import KERNELS
 
-    config = load_settings().engine
-    return replace(
-        config,
-        num_threads=threads or num_compute_threads(config),
-        cpu_level=level or config.cpu_level,
-    )
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in KERNELS:
+            raise typer.BadParameter(f"{name!r} is none of {', '.join(KERNELS)}", param_hint="--kernels")
+    return frozenset(names)
 
 
-def _kernels(config: EngineConfig) -> "Kernels":
+def _say(stage: str) -> None:
+    typer.echo(stage, err=True)
+
+
+def _num_threads(threads: int | None, config: EngineConfig) -> int:
+    """What the command line says, else the server's settings, else one for each core."""
+    from localmoe.hardware.processors import num_processors
+
+    return threads or config.num_threads or num_processors()
+
+
+def _kernels(config: EngineConfig, level: str | None, num_threads: int) -> "Kernels":
+    """Kernels as the server's settings say, but of the level that the command line says."""
     import torch
 
     from localmoe.kernels.select import select_kernels
 
-    assert config.num_threads is not None
     torch.set_num_threads(1)  # as when serving: torch's own threads would be in the way of the kernels'
-    return select_kernels(config.cpu_level, config.num_threads, pin=config.pin_threads)
+    return select_kernels(level or config.cpu_level, num_threads, pin=config.pin_threads)
 
 
 def _print_engine(report: "EngineReport") -> None:

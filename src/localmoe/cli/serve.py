@@ -38,7 +38,7 @@ def serve(
         WeightFormat, typer.Option(help="Format of the experts; made from the checkpoint when first asked for.")
     ] = WeightFormat.NVFP4,
     threads: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Compute threads.", show_default="one per core")
+        int | None, typer.Option(min=1, max=1024, help="Compute threads.", show_default="one per physical core")
     ] = None,
 ) -> None:
     """Serve a model over the OpenAI API.
@@ -151,10 +151,11 @@ async def _serve(
     from localmoe.gateway.app import create_app
     from localmoe.gateway.context import ServedModel
     from localmoe.hardware.memory import available_memory_bytes
+    from localmoe.hardware.processors import num_processors
     from localmoe.observability.metrics import Metrics
     from localmoe.text.text_model import TextModel
 
-    engine = settings.engine if threads is None else replace(settings.engine, num_threads=threads)
+    engine = replace(settings.engine, num_threads=threads or settings.engine.num_threads or num_processors())
     bus = EventBus()
     store_path = catalog.store_path(model, weights)
     backend = NativeBackend(

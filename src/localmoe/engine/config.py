@@ -15,10 +15,10 @@ _LANES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How one native engine serves. `resolve` settles what is left automatic."""
+    """How one native engine serves. `resolve` settles what is left automatic but `num_threads`."""
 
     num_threads: int | None = None
-    """Compute threads; None: one per core."""
+    """Compute threads; None: one per physical core that the process may use."""
     pin_threads: bool = False
     """Keep each compute thread on one processor; pays where the engine has its processors to itself."""
     cpu_level: str = "auto"
@@ -31,7 +31,7 @@ class EngineConfig:
     max_num_queued: int = 1000
     """Requests that may wait beyond those running; more are refused."""
     block_tokens: int = 16
-    """Tokens per cache block, the grain of prefix reuse."""
+    """Tokens per cache block, the grain of prefix reuse; a multiple of 16."""
     max_context_tokens: int | None = None
     """Longest sequence, prompt and answer together; None, or more than that: what the model was made for."""
     kv_cache_bytes: int | None = None
@@ -49,6 +49,8 @@ class EngineConfig:
         for name, value in vars(self).items():
             if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
                 raise ValueError(f"{name} is {value}; it must be positive")
+        if self.block_tokens % _LANES:
+            raise ValueError(f"block_tokens is {self.block_tokens}; it must be a multiple of {_LANES}")
 
     def resolve(self, shape: ModelShape, weights: WeightFormat, free_bytes: int) -> "EngineConfig":
         """Settle `max_context_tokens`, `kv_cache_bytes` and `kv_cache_dtype` for this model and machine.
@@ -58,32 +60,29 @@ class EngineConfig:
             free_bytes: memory that is left once the weights are loaded.
 
         Raises:
-            EngineStartError: the cache would not hold one sequence of the model's full context, or kernels cannot
-                work on its blocks.
+            EngineStartError: the cache would not hold one sequence of the model's full context.
         """
-        if self.block_tokens % _LANES:
-            raise EngineStartError(f"block_tokens is {self.block_tokens}; it must be a multiple of {_LANES}")
-        if self.kv_cache_dtype == "auto":
-            exact = weights is WeightFormat.F32
-            return replace(self, kv_cache_dtype="f32" if exact else "bf16").resolve(shape, weights, free_bytes)
+        dtype = self.kv_cache_dtype
+        if dtype == "auto":
+            dtype = "f32" if weights is WeightFormat.F32 else "bf16"
         context_tokens = min(self.max_context_tokens or shape.max_context_tokens, shape.max_context_tokens)
-        block_bytes = self.block_tokens * kv_bytes_per_token(shape, self.kv_cache_dtype)
+        block_bytes = self.block_tokens * kv_bytes_per_token(shape, dtype)
         least_bytes = -(-context_tokens // self.block_tokens) * block_bytes
-        if self.kv_cache_bytes is None:
+        cache_bytes = self.kv_cache_bytes
+        if cache_bytes is None:
             if free_bytes < least_bytes:
                 raise EngineStartError(
                     f"not enough memory: {max(free_bytes, 0)} bytes would be free beside the weights, but one "
                     f"sequence of {context_tokens} tokens needs {least_bytes}; lower max_context_tokens"
                 )
             useful_bytes = self.max_num_seqs * _TYPICAL_TOKENS_PER_SEQUENCE // self.block_tokens * block_bytes
-            chosen_bytes = max(least_bytes, min(useful_bytes, free_bytes // 4))
-            return replace(self, max_context_tokens=context_tokens, kv_cache_bytes=chosen_bytes)
-        if self.kv_cache_bytes < least_bytes:
+            cache_bytes = max(least_bytes, min(useful_bytes, free_bytes // 4))
+        elif cache_bytes < least_bytes:
             raise EngineStartError(
-                f"kv_cache_bytes is {self.kv_cache_bytes}, but one sequence of "
+                f"kv_cache_bytes is {cache_bytes}, but one sequence of "
                 f"{context_tokens} tokens needs {least_bytes}; raise it, or lower max_context_tokens"
             )
-        return replace(self, max_context_tokens=context_tokens)
+        return replace(self, max_context_tokens=context_tokens, kv_cache_bytes=cache_bytes, kv_cache_dtype=dtype)
 
 
 def kv_bytes_per_token(shape: ModelShape, dtype: str) -> int:

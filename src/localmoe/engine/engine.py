@@ -14,6 +14,7 @@ from localmoe.engine.executor import Executor
 from localmoe.engine.kv_cache import KVCache
 from localmoe.engine.scheduler import Scheduler
 from localmoe.engine.speculation import SpeculationController
+from localmoe.kernels.base import Kernels
 from localmoe.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
@@ -25,10 +26,11 @@ class Engine:
     Args:
         model: the name it is served under.
         decoder: with its weights loaded.
+        kernels: draw tokens.
         config: resolved, that is with a `kv_cache_bytes` and a `kv_cache_dtype`.
     """
 
-    def __init__(self, model: str, decoder: Decoder, config: EngineConfig) -> None:
+    def __init__(self, model: str, decoder: Decoder, kernels: Kernels, config: EngineConfig) -> None:
         assert config.kv_cache_bytes is not None, "resolved against the model's shape"
         self._model = model
         self._shape = shape = decoder.shape
@@ -40,7 +42,7 @@ class Engine:
         self._pool = BlockPool(num_blocks)
         self._speculation = SpeculationController()
         self._scheduler = Scheduler(config, self._pool, self._speculation)
-        self._executor = Executor(decoder, KVCache(shape, num_blocks, config.block_tokens, dtype))
+        self._executor = Executor(decoder, KVCache(shape, num_blocks, config.block_tokens, dtype), kernels)
 
     @property
     def has_work(self) -> bool:

@@ -11,6 +11,7 @@ from localmoe.core.request import TokenLogprob
 from localmoe.engine.kv_cache import KVCache, place
 from localmoe.engine.sampler import draws_of, sample, score
 from localmoe.engine.speculation import agreed
+from localmoe.kernels.base import Kernels
 from localmoe.models.decoder import Decoder
 
 
@@ -20,11 +21,13 @@ class Executor:
     Args:
         decoder: with its weights loaded.
         cache: as many blocks as the scheduler hands out.
+        kernels: draw tokens.
     """
 
-    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, kernels: Kernels) -> None:
         self._decoder = decoder
         self._cache = cache
+        self._kernels = kernels
 
     @torch.inference_mode()
     def execute(self, plan: BatchPlan) -> dict[int, StepResult]:
@@ -53,7 +56,7 @@ class Executor:
         # Scores are of the logits before bias and penalties, which change them in place.
         scored = any(draw.sampling.logprobs is not None for draw in draws)
         raw_SV = logits_SV.clone() if scored else logits_SV
-        drawn = sample(self._decoder.kernels, logits_SV, draws)
+        drawn = sample(self._kernels, logits_SV, draws)
         start = 0
         for i in due:
             end = start + steps[i].num_drafts + 1

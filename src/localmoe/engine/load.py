@@ -24,14 +24,15 @@ def load_engine(model: str, store_path: Path, config: EngineConfig, available_me
 
     Args:
         model: the name it is served under.
-        config: settled here against the model's shape.
+        config: with `num_threads`; the rest is settled here against the model's shape.
         available_memory_bytes: before anything is loaded.
 
     Raises:
         StoreError: the store is damaged.
         EngineStartError: the configuration or the memory does not fit the model.
     """
-    num_threads = num_compute_threads(config)
+    num_threads = config.num_threads
+    assert num_threads is not None, "settled by whoever starts the engine"
     # What torch still does is small; its threads would only be in the way of the kernels' own.
     torch.set_num_threads(1)
     kernels = select_kernels(config.cpu_level, num_threads, pin=config.pin_threads)
@@ -41,12 +42,7 @@ def load_engine(model: str, store_path: Path, config: EngineConfig, available_me
         store.check(num_threads)
         decoder = load_decoder(store, kernels)
     logger.info("%s computes with %s", model, kernels.name)
-    return Engine(model, decoder, config)
-
-
-def num_compute_threads(config: EngineConfig) -> int:
-    """As configured, or one for each core; to be asked before torch's own number is changed."""
-    return config.num_threads or torch.get_num_threads()
+    return Engine(model, decoder, kernels, config)
 
 
 def load_decoder(store: Store, kernels: Kernels) -> Decoder:

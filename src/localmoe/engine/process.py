@@ -73,7 +73,10 @@ def main() -> None:
     try:
         engine = load_engine(launch.model, Path(launch.store_path), launch.config, launch.available_memory_bytes)
         warm_up(engine)
-    except (LocalMoEError, MemoryError) as error:
+    except Exception as error:
+        # Whatever it was, the client hears why. What nobody foresaw, as weights that kernels refuse, is traced too.
+        if not isinstance(error, LocalMoEError):
+            logger.exception("the engine could not start")
         say(StartFailed(message=str(error) or type(error).__name__))
         lifeline.join()  # the client ends us once it has read why
     # What has been loaded stays, so the collector need not look at it again and again.

@@ -2,7 +2,7 @@
 
 A draw depends on the sequence's seed and the token's position only: a counter-based generator (Salmon et al.,
 2011, Philox) gives one uniform number for the pair, and the inverse of the cumulative distribution turns it into
-a token. So a seeded request gets the same tokens alone and in any batch, and a replay elsewhere goes on alike.
+a token. So on one machine a seeded request gets the same tokens alone, in any batch and when it is replayed.
 
 Shape suffixes: S draws, V vocabulary.
 """
@@ -62,7 +62,7 @@ def sample(kernels: Kernels, logits_SV: Tensor, draws: Sequence[Draw]) -> list[i
 
 
 def settings(draws: Sequence[Draw]) -> Draws:
-    """The same for the kernels, row by row."""
+    """What the kernels need to know of S draws, as arrays of an entry for each."""
     sampling = [draw.sampling for draw in draws]
     temperatures = [0.0 if s.temperature < GREEDY_BELOW else s.temperature for s in sampling]
     # A generator takes longer to make than a likeliest token to find, which needs none.

@@ -74,12 +74,14 @@ class _Sequence:
 
     def draft(self) -> tuple[float, list[int]]:
         """A guess at the tokens to come, none of which would end the sequence, and the chance of each of them."""
+        if not self.speculates:
+            return 0.0, []
         sampling, self.lookup = self.request.sampling, self.lookup or PromptLookup()
         self.lookup.extend(self.tokens(self.lookup.num_tokens, self.num_known))
         # A token is drawn after the last draft too. And whatever followed a stop token would be for nothing.
         guess = self.lookup.propose()[: sampling.max_tokens - len(self.output_ids) - 1]
         stops = (i for i, token_id in enumerate(guess) if token_id in sampling.stop_token_ids)
-        return self.lookup.probability, guess[: next(stops, None)] if self.speculates else []
+        return self.lookup.probability, guess[: next(stops, None)]
 
     def usage(self) -> Usage:
         assert self.scheduled_s is not None

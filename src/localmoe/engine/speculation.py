@@ -135,7 +135,12 @@ class SpeculationController:
             proposals: for each sequence of a step its `PromptLookup.probability` and how many tokens it proposes.
             max_tokens: most tokens in the step, the known one of each sequence included.
         """
-        counts = [0] * len(proposals)
+        num_seqs, counts = len(proposals), [0] * len(proposals)
+        if not any(available for _, available in proposals):
+            return counts
+        sizes, durations_s = self._known(num_seqs)
+        if num_seqs not in sizes:
+            return counts
         # The i-th draft token of a sequence counts only if those before it do.
         gains = sorted(
             (
@@ -145,13 +150,7 @@ class SpeculationController:
                 if probability**i >= _LEAST_PROBABILITY
             ),
             reverse=True,
-        )[: max(0, max_tokens - len(proposals))]
-        num_seqs = len(proposals)
-        if not gains:
-            return counts
-        sizes, durations_s = self._known(num_seqs)
-        if num_seqs not in sizes:
-            return counts
+        )[: max(0, max_tokens - num_seqs)]
         # Few numbers to choose from: each has to be measured.
         drafts = [0, *(count for count in _DRAFTS_PER_STEP if count <= len(gains))]
         expected_tokens = [num_seqs + sum(gain for gain, _ in gains[:count]) for count in drafts]

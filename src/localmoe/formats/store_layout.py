@@ -1,4 +1,4 @@
-"""Layout version 2 of the expert store: what lies where in the file, and whether a header tells the truth.
+"""Layout version 3 of the expert store: what lies where in the file, and whether a header tells the truth.
 
     0    magic          8 bytes, "LMOESTOR"
     8    version        uint64, little-endian like everything here
@@ -94,8 +94,8 @@ class ExpertEntry(Extent, frozen=True, kw_only=True, forbid_unknown_fields=True,
 class StoreHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything a reader must know before it reads a weight."""
 
-    layout_version: Count
     layout: str
+    """How matrices are packed, by name."""
     weights: WeightFormat
     shape: ModelShape
     source: str
@@ -262,7 +262,7 @@ def parse_header(path: Path, preamble: bytes, encoded: bytes, file_bytes: int) -
         header = msgspec.json.decode(encoded, type=StoreHeader)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise StoreError(f"{path}: the header is not valid: {error}") from error
-    if header.layout_version != LAYOUT_VERSION or header.layout != LAYOUT_NAME:
+    if header.layout != LAYOUT_NAME:
         raise StoreError(f"{path}: the header is of another layout; convert again")
     if header.file_bytes != file_bytes:
         raise StoreError(f"{path}: the file has {file_bytes} bytes, its header says {header.file_bytes}")
@@ -288,6 +288,7 @@ def check_shape(path: Path, shape: ModelShape, weights: WeightFormat) -> None:
     if (
         shape.top_k > shape.num_experts
         or shape.num_heads % shape.num_kv_heads
+        or shape.head_dim % 2  # rotary embedding turns pairs
         or min(shape.rms_norm_eps, shape.rope_theta) <= 0
     ):
         raise StoreError(f"{path}: the model's shape contradicts itself: {shape}")
@@ -335,7 +336,6 @@ def _header_at(
             )
             offset += blob_bytes
     return StoreHeader(
-        layout_version=LAYOUT_VERSION,
         layout=LAYOUT_NAME,
         weights=weights,
         shape=shape,

@@ -4,7 +4,7 @@ import struct
 from pathlib import Path
 
 STORE_MAGIC = b"LMOESTOR"
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 
 
 def stored_version(path: Path) -> int | None:

@@ -1,1 +1,1 @@
-"""Products, attention and norms: one typed function each."""
+"""A decoder's operations, each prepared with its weights and then called; see `base`."""

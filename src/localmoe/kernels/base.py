@@ -142,7 +142,12 @@ class Kernels(Protocol):
 
     @property
     def name(self) -> str:
-        """For the log and for benchmarks."""
+        """For the log."""
+        ...
+
+    @property
+    def level(self) -> str:
+        """Instructions they are made of: a level of the C++ kernels, or `reference`."""
         ...
 
     def memory_bytes(self, stored_bytes: int, num_weights: int) -> int:

@@ -1,6 +1,6 @@
 """The C++ kernels behind the operations of `base`: one wrapper each, which gives the arrays their types.
 
-Arithmetic, the same bits at every level of instructions, for every batch and number of threads:
+Arithmetic, on one machine the same bits at every level of instructions, for every batch and number of threads:
 
 - Weights in MXFP4, NVFP4 and INT8 meet inputs rounded to int8 in blocks of 32, scale max|x| / 127. Products within a
   weight's block are exact integers; blocks are added in float32 in order of columns. Against the exact product, the
@@ -10,13 +10,14 @@ Arithmetic, the same bits at every level of instructions, for every batch and nu
   1e-30 counts as zeros. Products with MXFP4 scales from 2^111 on may overflow where their sum would not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from localmoe import _cpu
+from localmoe.core.errors import EngineStartError
 from localmoe.formats.packed import PackedMatrix
 from localmoe.formats.store import ExpertWeights
 from localmoe.kernels.base import (
@@ -30,6 +31,9 @@ from localmoe.kernels.base import (
     Router,
     RouterWeights,
 )
+
+_MAX_TOP_K = 64
+"""Experts per token; `kMaxTopK` of the C++ sources."""
 
 
 class CpuKernels:
@@ -46,13 +50,19 @@ class CpuKernels:
 
     def __init__(self, level: str, num_threads: int, *, pin: bool) -> None:
         self._runtime = _cpu.Runtime(level, num_threads, pin)
+        self.level = level
         self.name = f"{level}, {num_threads} threads"
 
-    def linear(self, weights: PackedMatrix, x_TC: Tensor) -> Tensor:
-        """`x @ weights.T`, [T, R] float32; for tests and benchmarks, a decoder needs only what is fused."""
-        out_TR = torch.empty(len(x_TC), weights.rows)
-        self._runtime.linear(_matrix(weights), x_TC.numpy(), out_TR.numpy())
-        return out_TR
+    def linear(self, weights: PackedMatrix) -> Callable[[Tensor], Tensor]:
+        """x [T, C] → `x @ weights.T` [T, R]; for tests and benchmarks, a decoder needs only what is fused."""
+        runtime, matrix = self._runtime, _matrix(weights)
+
+        def multiply(x_TC: Tensor) -> Tensor:
+            out_TR = torch.empty(len(x_TC), weights.rows)
+            runtime.linear(matrix, x_TC.numpy(), out_TR.numpy())
+            return out_TR
+
+        return multiply
 
     def memory_bytes(self, stored_bytes: int, num_weights: int) -> int:
         return stored_bytes  # used where the file is mapped
@@ -111,6 +121,11 @@ class CpuKernels:
                 return h_TD, torch.zeros(len(x_TD), 1, dtype=torch.int32), torch.ones(len(x_TD), 1)
 
             return all_to_one
+        if top_k > _MAX_TOP_K:
+            raise EngineStartError(
+                f"the model sends a token to {top_k} experts, {_MAX_TOP_K} are most for the C++ kernels; "
+                f"set cpu_level to 'reference'"
+            )
         bound = _matrix(matrix)
 
         def route(x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

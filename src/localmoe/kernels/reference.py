@@ -37,7 +37,8 @@ class ReferenceKernels:
 
     def __init__(self, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
-        self.name = f"reference, {num_threads} threads"
+        self.level = "reference"
+        self.name = f"{self.level}, {num_threads} threads"
 
     def memory_bytes(self, stored_bytes: int, num_weights: int) -> int:
         return 4 * num_weights

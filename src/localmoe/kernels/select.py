@@ -19,7 +19,7 @@ def select_kernels(level: str, num_threads: int, *, pin: bool) -> Kernels:
     Raises:
         EngineStartError: the level asked for is not here.
     """
-    levels = _cpu_levels()
+    levels = cpu_levels()
     if level == "auto" and levels:
         level = levels[-1]
     elif level == "auto":
@@ -40,9 +40,13 @@ def select_kernels(level: str, num_threads: int, *, pin: bool) -> Kernels:
     return CpuKernels(level, num_threads, pin=pin)
 
 
-def _cpu_levels() -> list[str]:
+def cpu_levels() -> list[str]:
+    """Levels of the C++ kernels that this machine runs, the fastest last; none where they are not built."""
     try:
-        from localmoe import _cpu
-    except ImportError:
+        import localmoe._cpu
+    except ModuleNotFoundError:
         return []
-    return _cpu.levels()
+    except ImportError as error:
+        logger.warning("the C++ kernels are built but cannot be loaded: %s", error)
+        return []
+    return localmoe._cpu.levels()

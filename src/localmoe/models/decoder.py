@@ -59,7 +59,7 @@ class Decoder(ABC):
         shape: the model's sizes.
         dense: every tensor of `TensorNames.dense`.
         experts: computes the routed experts of a layer.
-        kernels: compute everything else.
+        kernels: what everything else is computed with.
     """
 
     def __init__(
@@ -67,7 +67,6 @@ class Decoder(ABC):
     ) -> None:
         self.shape = shape
         self.experts = experts
-        self.kernels = kernels
         self.frequencies = rotary_frequencies(shape)
         self.embedding = kernels.embedding(dense.dense_matrix("embed"))
         self.layers = [Layer(shape, dense, index, kernels) for index in range(shape.num_layers)]

@@ -1,16 +1,21 @@
 """`bench engine` end to end on tiny shapes: the figures hang together."""
 
+import itertools
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from localmoe.bench.engine import (
+    DECODE_STEPS,
+    PREFILLS,
     EngineReport,
     RecordingExperts,
     Workload,
+    _Bench,
     check_memory,
     measure_engine,
     step_bytes,
@@ -44,11 +49,10 @@ BITS = {"mxfp4": (4.25, 8.5), "nvfp4": (4.5, 8.5), "int8": (8.5, 8.5), "bf16": (
 
 
 def measure(model: BenchModel, weights: str, home: Path, *, prompt_tokens: int = 33) -> EngineReport:
-    config = EngineConfig(num_threads=2)
     path = ensure_store(model, WeightFormat(weights), home, lambda stage, done, total: None)
     kernels = select_kernels("auto", 2, pin=False)
     workload = Workload(streams=STREAMS, prompt_tokens=prompt_tokens, bandwidth_bytes=1 << 20)
-    return measure_engine(model, path, kernels, config, workload, lambda stage: None)
+    return measure_engine(model, path, kernels, 2, EngineConfig(), workload, lambda stage: None)
 
 
 def expected_bytes(weights: str, distinct_experts: float, num_streams: int, context_tokens: float) -> float:
@@ -134,6 +138,32 @@ def test_a_model_larger_than_memory() -> None:
         check_memory(model, WeightFormat.MXFP4, kernels, 10**9)
 
 
+def test_steps_are_held_against_the_best_read_before_or_after_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = find_model(str(write_config(tmp_path / "tiny.json")))
+    for rates in ([3e9, 5e9], [5e9, 3e9]):
+        monkeypatch.setattr(
+            "localmoe.bench.engine.read_bandwidth_bytes_s", lambda *_, left=list(rates): left.pop(0)
+        )
+        assert measure(model, "mxfp4", tmp_path).read_bandwidth_gb_s == 5
+
+
+def test_a_step_takes_the_mean_of_those_that_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, count = _Bench._step, itertools.count()
+
+    def step(self: _Bench, *arguments: int) -> tuple[float, NDArray[np.int32]]:
+        """Decodes first one stream, then four: the first two steps and the last of each take long."""
+        _, ids_LTK = original(self, *arguments)
+        place = (next(count) - 1 - PREFILLS) % DECODE_STEPS
+        return {0: 10.0, 1: 10.0, DECODE_STEPS - 1: 0.1 * (DECODE_STEPS - 2)}.get(place, 1e-9), ids_LTK
+
+    monkeypatch.setattr(_Bench, "_step", step)
+    monkeypatch.setattr("localmoe.bench.engine._DECODE_LIMIT_S", 100.0)
+    report = measure(find_model(str(write_config(tmp_path / "tiny.json"))), "mxfp4", tmp_path)
+    assert report.aggregate_tok_s == pytest.approx({1: 10.0, 4: 40.0})
+
+
 def test_bandwidth_is_a_rate() -> None:
     assert 1e8 < read_bandwidth_bytes_s(2, 1 << 24) < 1e13
 
@@ -157,10 +187,9 @@ def test_overlap_counts_experts_in_any_place(tmp_path: Path, monkeypatch: pytest
     taken = iter([np.full((2, 1, 3), [[0, 1, 2]], np.int32), np.full((2, 1, 3), [[2, 7, 0]], np.int32)] * 200)
     monkeypatch.setattr(RecordingExperts, "take", lambda self: (self._ids.clear(), next(taken))[1])
     monkeypatch.setattr("localmoe.bench.engine.DECODE_STEPS", 8)
-    config = EngineConfig(num_threads=2)
     model = find_model(str(write_config(tmp_path / "tiny.json")))
     path = ensure_store(model, WeightFormat.MXFP4, tmp_path, lambda stage, done, total: None)
     workload = Workload(streams=(1,), prompt_tokens=3, bandwidth_bytes=1 << 20)
     kernels = select_kernels("auto", 2, pin=False)
-    report = measure_engine(model, path, kernels, config, workload, lambda stage: None)
+    report = measure_engine(model, path, kernels, 2, EngineConfig(), workload, lambda stage: None)
     assert report.overlap == pytest.approx(2 / 3)

@@ -10,14 +10,14 @@ from localmoe.bench import kernels as kernels_module  # noqa: E402
 from localmoe.bench.kernels import CONTEXT_TOKENS, FORMATS, MATRIX_TOKENS, MOE_TOKENS, measure_kernels  # noqa: E402
 from localmoe.bench.shapes import find_model  # noqa: E402
 from localmoe.core.errors import EngineStartError  # noqa: E402
-from localmoe.engine.config import EngineConfig  # noqa: E402
+from localmoe.kernels.cpu import CpuKernels  # noqa: E402
 from support.bench_models import EXPERT_SIZE, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, TOP_K, write_config  # noqa: E402
 
 
 def test_every_kernel(tmp_path: Path) -> None:
     shape = find_model(str(write_config(tmp_path / "tiny.json"))).shape
-    config = EngineConfig(num_threads=2, cpu_level=_cpu.levels()[-1])
-    report = measure_kernels(shape, config, lambda stage: None, rotation_bytes=4 << 20, limit_s=0.0)
+    kernels = CpuKernels(_cpu.levels()[-1], 2, pin=False)
+    report = measure_kernels(shape, kernels, 2, lambda stage: None, rotation_bytes=4 << 20, limit_s=0.0)
     assert (report.level, report.threads) == (_cpu.levels()[-1], 2)
     times = {(t.kernel, t.format, t.tokens, t.context_tokens): t for t in report.kernels}
     expected = {("matrix", weights, tokens, None) for weights in FORMATS for tokens in MATRIX_TOKENS}
@@ -52,4 +52,4 @@ def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(kernels_module, "available_memory_bytes", lambda: 10**9)
     shape = find_model("olmoe-1b-7b").shape
     with pytest.raises(EngineStartError, match=r"measuring takes 3\.7 GB of memory, 1\.0 GB are available"):
-        measure_kernels(shape, EngineConfig(num_threads=1), lambda stage: None)
+        measure_kernels(shape, CpuKernels("avx2", 1, pin=False), 1, lambda stage: None)

@@ -1,8 +1,12 @@
 """The pure parts of benchmarks/peers_cpu.py."""
 
+import json
 from pathlib import Path
 
 import pytest
+
+from localmoe.bench.shapes import find_model
+from support.bench_models import write_moe_gguf
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
@@ -50,6 +54,38 @@ def test_a_busy_machine_is_reported() -> None:
 
     rounds = {"quiet": [{"other_cores": 0.05}], "busy": [{"other_cores": 0.0}, {"other_cores": 0.7}]}
     assert disturbed(rounds) == {"busy": 0.7}
+
+
+def test_our_layers_count_as_a_pass_through_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peers import systems
+
+    def times(weights: str, **median_us: float) -> list[dict[str, object]]:
+        return [
+            {"kernel": "moe", "format": weights, "tokens": int(tokens[1:]), "median_us": us}
+            for tokens, us in median_us.items()
+        ]
+
+    rows = times("mxfp4", t1=500.0, t8=900.0, t512=16000.0) + times("int8", t1=1.0)
+    report = json.dumps({"level": "avx2", "kernels": rows})
+    monkeypatch.setattr(systems, "run", lambda command, log: report)
+    setting = systems.Setting(
+        workdir=tmp_path,
+        shape_name="olmoe-1b-7b",
+        shape=find_model("olmoe-1b-7b").shape,
+        threads=2,
+        cpu_flags=frozenset(),
+    )
+    figures = systems.LocalMoELayers(setting).measure()
+    assert figures == pytest.approx({"moe_1_tok_s": 125.0, "moe_512_tok_s": 2000.0})
+
+
+@pytest.mark.parametrize("arch", ["olmoe", "qwen3moe"])
+def test_a_file_of_random_blocks_has_the_shape_it_was_made_from(tmp_path: Path, arch: str) -> None:
+    from peers.bench_gguf import write_gguf
+
+    shape = find_model(str(write_moe_gguf(tmp_path / "small.gguf", arch))).shape
+    write_gguf(tmp_path / "random.gguf", shape, "mxfp4")
+    assert find_model(str(tmp_path / "random.gguf")).shape == shape
 
 
 @pytest.mark.parametrize(

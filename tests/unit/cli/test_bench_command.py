@@ -8,6 +8,8 @@ from typer.testing import CliRunner
 
 from localmoe.cli.main import app
 from localmoe.core.errors import ConfigError, EngineStartError
+from localmoe.core.model import ModelShape
+from localmoe.kernels.base import Kernels
 from support.bench_models import write_config, write_moe_gguf
 
 pytest.importorskip("localmoe._cpu")
@@ -54,11 +56,43 @@ def test_engine_prints_a_table(runner: CliRunner, tmp_path: Path) -> None:
     assert "avx2, 1 threads" in result.stdout
 
 
+def test_kernels_measures_those_that_are_named(runner: CliRunner, tmp_path: Path) -> None:
+    from localmoe.bench.kernels import KernelReport
+
+    asked: dict[str, object] = {}
+
+    def measure(
+        shape: ModelShape, kernels: Kernels, num_threads: int, say: object, *, only: object
+    ) -> KernelReport:
+        asked.update(shape=shape.num_experts, level=kernels.level, num_threads=num_threads, only=only)
+        return KernelReport(machine="m", level="avx2", threads=3, read_bandwidth_gb_s=1.0, kernels=[])
+
+    arguments = [
+        "--kernels",
+        "moe, head",
+        "--shape",
+        "qwen3-30b-a3b",
+        "--threads",
+        "3",
+        "--level",
+        "avx2",
+        "--json",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("localmoe.bench.kernels.measure_kernels", measure)
+        result = runner.invoke(app, ["bench", "kernels", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert asked == {"shape": 128, "level": "avx2", "num_threads": 3, "only": {"moe", "head"}}
+    assert json.loads(result.stdout)["threads"] == 3
+
+
 def test_wrong_usage(runner: CliRunner, tmp_path: Path) -> None:
     for arguments in (["--streams", "1,x"], ["--streams", "0"], ["--streams", ""], ["--format", "f32"]):
         result = runner.invoke(app, ["bench", "engine", *arguments])
         assert result.exit_code == 2
         assert arguments[0] in result.output
+    result = runner.invoke(app, ["bench", "kernels", "--kernels", "moe,mo"])
+    assert (result.exit_code, "'mo' is none of" in result.output) == (2, True)
     gguf = str(write_moe_gguf(tmp_path / "m.gguf", "olmoe"))
     with pytest.raises(ConfigError, match="taken as they are: mxfp4"):
         runner.invoke(app, ["bench", "engine", "--shape", gguf, "--format", "int8"], catch_exceptions=False)

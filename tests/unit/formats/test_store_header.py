@@ -85,7 +85,6 @@ def shift_all(header: dict[str, Any]) -> None:
 
 
 LIES: dict[str, tuple[Mutation, str]] = {
-    "layout version": (assign("layout_version", 1), "another layout"),
     "layout name": (assign("layout", "tiled"), "another layout"),
     "unknown format": (assign("weights", "int3"), "not valid"),
     "other format": (assign("weights", "bf16"), "its shape implies bf16"),
@@ -109,6 +108,7 @@ LIES: dict[str, tuple[Mutation, str]] = {
     "vocabulary, consistently": (consistent_lie_about_vocabulary, "was due"),
     "more chosen than there are": (assign("shape", "top_k", 4), "contradicts itself"),
     "heads that do not divide": (assign("shape", "num_kv_heads", 3), "contradicts itself"),
+    "half a pair of a head": (assign("shape", "head_dim", 15), "contradicts itself"),
     "rope": (assign("shape", "rope_theta", -1.0), "contradicts itself"),
     "text for a number": (assign("shape", "hidden_size", "64"), "not valid"),
     "shape incomplete": (drop("shape", "head_dim"), "not valid"),
@@ -190,7 +190,7 @@ def test_header_that_is_no_header_is_refused(store_path: Path, encoded: bytes) -
     [
         (0, b"GGUF\0\0\0\0", "is not an expert store"),
         (1, 0, "has layout version 0"),
-        (1, 1, "has layout version 1"),
+        (1, 2, "has layout version 2"),
         (2, 0, "damaged"),
         (2, 4000, "damaged"),
         (2, 2**63, "claims a header of"),

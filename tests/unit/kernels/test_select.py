@@ -1,6 +1,7 @@
 """Which kernels are taken, for what is asked and what the machine runs."""
 
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from localmoe.core.errors import EngineStartError
 from localmoe.kernels import select
 from localmoe.kernels.reference import ReferenceKernels
-from localmoe.kernels.select import select_kernels
+from localmoe.kernels.select import cpu_levels, select_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,7 @@ def _same_threads_afterwards() -> Iterator[None]:
 def test_without_the_extension_the_reference_computes_and_a_warning_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(select, "_cpu_levels", list)
+    monkeypatch.setattr(select, "cpu_levels", list)
     kernels = select_kernels("auto", 1, pin=False)
     assert isinstance(kernels, ReferenceKernels)
     assert kernels.name == "reference, 1 threads"
@@ -32,8 +33,33 @@ def test_without_the_extension_the_reference_computes_and_a_warning_says_so(
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
 
 
+def test_an_extension_that_is_not_there_is_nothing_to_warn_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "localmoe._cpu", None)
+    assert cpu_levels() == []
+    assert not caplog.records
+
+
+def test_an_extension_that_does_not_load_is_done_without_and_a_warning_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken:
+        @staticmethod
+        def find_spec(name: str, *arguments: object) -> None:
+            if name == "localmoe._cpu":
+                raise ImportError("undefined symbol: frobnicate")
+
+    monkeypatch.delitem(sys.modules, "localmoe._cpu", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken, *sys.meta_path])
+    assert cpu_levels() == []
+    assert ["undefined symbol: frobnicate" in record.message for record in caplog.records] == [True]
+
+
 def test_the_reference_can_be_asked_for(caplog: pytest.LogCaptureFixture) -> None:
-    assert isinstance(select_kernels("reference", 2, pin=False), ReferenceKernels)
+    kernels = select_kernels("reference", 2, pin=False)
+    assert isinstance(kernels, ReferenceKernels)
+    assert kernels.level == "reference"
     assert not caplog.records
 
 
@@ -41,7 +67,7 @@ def test_the_reference_can_be_asked_for(caplog: pytest.LogCaptureFixture) -> Non
 def test_a_level_that_is_not_here_is_refused_by_naming_those_that_are(
     monkeypatch: pytest.MonkeyPatch, found: list[str], named: str
 ) -> None:
-    monkeypatch.setattr(select, "_cpu_levels", lambda: found)
+    monkeypatch.setattr(select, "cpu_levels", lambda: found)
     with pytest.raises(EngineStartError, match=f"'neon'.*it runs {named}$"):
         select_kernels("neon", 1, pin=False)
 
@@ -51,7 +77,8 @@ def test_every_level_of_this_machine_can_be_asked_for_and_the_last_is_the_defaul
     cpu = pytest.importorskip("localmoe._cpu", reason="the C++ kernels were not built")
     levels = cpu.levels()
     for level in levels:
-        assert select_kernels(level, 3, pin=False).name == f"{level}, 3 threads"
+        kernels = select_kernels(level, 3, pin=False)
+        assert (kernels.level, kernels.name) == (level, f"{level}, 3 threads")
     if levels:
         assert select_kernels("auto", 1, pin=pin).name == f"{levels[-1]}, 1 threads"
 

@@ -1,7 +1,7 @@
 """Write a GGUF file of a mixture-of-experts shape filled with seeded random blocks, for timing engines on it.
 
-    python benchmarks/bench_gguf.py olmoe-1b-7b mxfp4 /tmp/olmoe-mxfp4.gguf
-    python benchmarks/bench_gguf.py olmoe-1b-7b q4_0 /tmp/tiny-q4_0.gguf --layers 2
+    python benchmarks/peers/bench_gguf.py olmoe-1b-7b mxfp4 ~/peers/olmoe-mxfp4.gguf
+    python benchmarks/peers/bench_gguf.py olmoe-1b-7b q4_0 ~/peers/tiny-q4_0.gguf --layers 2
 
 The weights mean nothing, so the file tells about speed and never about quality. Dense matrices are Q8_0, experts are
 of the named format, as in llama.cpp's own MXFP4_MOE recipe. Every layer holds the same random bytes, so that a 16 GB
@@ -10,66 +10,20 @@ file is made in little memory; nothing is shared within the file itself.
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
-MAX_CONTEXT_TOKENS = 4096
-ATTENTION_OUTPUT_GAIN = 0.005
-"""A random attention output averages over the context and drowns each token's own state, so that deep layers route
-every token alike. This gain keeps the overlap between tokens where real models have it."""
+from localmoe.bench.shapes import GGUF_MODEL_TYPES, SHAPES, find_model
+from localmoe.bench.weights import ATTENTION_OUTPUT_GAIN
+from localmoe.core.model import ModelShape, QkNorm
 
-
-@dataclass(frozen=True, kw_only=True)
-class MoeShape:
-    """What the file's tensors are made from."""
-
-    architecture: str
-    """llama.cpp's name: "olmoe" or "qwen3moe"."""
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    num_experts: int
-    top_k: int
-    expert_size: int
-    vocab_size: int
-    rope_theta: float
-
-
-SHAPES = {
-    "olmoe-1b-7b": MoeShape(
-        architecture="olmoe",
-        hidden_size=2048,
-        num_layers=16,
-        num_heads=16,
-        num_kv_heads=16,
-        head_dim=128,
-        num_experts=64,
-        top_k=8,
-        expert_size=1024,
-        vocab_size=50304,
-        rope_theta=1e4,
-    ),
-    "qwen3-30b-a3b": MoeShape(
-        architecture="qwen3moe",
-        hidden_size=2048,
-        num_layers=48,
-        num_heads=32,
-        num_kv_heads=4,
-        head_dim=128,
-        num_experts=128,
-        top_k=8,
-        expert_size=768,
-        vocab_size=151936,
-        rope_theta=1e6,
-    ),
-}
+ARCHITECTURES = {model_type: name for name, model_type in GGUF_MODEL_TYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +67,10 @@ EXPERT_FORMATS = {
 }
 
 
-def write_gguf(path: Path, shape: MoeShape, expert_format: str, seed: int = 0) -> None:
+def write_gguf(path: Path, shape: ModelShape, expert_format: str, seed: int = 0) -> None:
     """Write the file; under another name first, so that an interrupted run leaves nothing that looks whole."""
     partial = path.with_name(path.name + ".partial")
-    writer = GGUFWriter(partial, shape.architecture)
+    writer = GGUFWriter(partial, ARCHITECTURES[shape.model_type])
     _add_metadata(writer, shape)
     _add_tensors(writer, shape, EXPERT_FORMATS[expert_format], np.random.default_rng(seed))
     writer.write_header_to_file()
@@ -126,20 +80,20 @@ def write_gguf(path: Path, shape: MoeShape, expert_format: str, seed: int = 0) -
     partial.rename(path)
 
 
-def _add_metadata(writer: GGUFWriter, shape: MoeShape) -> None:
+def _add_metadata(writer: GGUFWriter, shape: ModelShape) -> None:
     writer.add_block_count(shape.num_layers)
-    writer.add_context_length(MAX_CONTEXT_TOKENS)
+    writer.add_context_length(shape.max_context_tokens)
     writer.add_embedding_length(shape.hidden_size)
     writer.add_feed_forward_length(shape.expert_size)
     writer.add_head_count(shape.num_heads)
     writer.add_head_count_kv(shape.num_kv_heads)
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
-    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
     writer.add_rope_freq_base(shape.rope_theta)
     writer.add_expert_count(shape.num_experts)
     writer.add_expert_used_count(shape.top_k)
-    if shape.architecture == "qwen3moe":
+    if shape.model_type == "qwen3_moe":
         writer.add_expert_feed_forward_length(shape.expert_size)
     writer.add_vocab_size(shape.vocab_size)
     writer.add_tokenizer_model("gpt2")
@@ -152,7 +106,7 @@ def _add_metadata(writer: GGUFWriter, shape: MoeShape) -> None:
 
 
 def _add_tensors(
-    writer: GGUFWriter, shape: MoeShape, expert_format: BlockFormat, rng: np.random.Generator
+    writer: GGUFWriter, shape: ModelShape, expert_format: BlockFormat, rng: np.random.Generator
 ) -> None:
     def add_blocks(name: str, blocks: NDArray[np.uint8], quantization: GGMLQuantizationType) -> None:
         writer.add_tensor(f"{name}.weight", blocks, raw_dtype=quantization)
@@ -177,8 +131,7 @@ def _add_tensors(
         "ffn_up_exps": expert_format.random_rows(rng, experts, width, hidden),
         "ffn_down_exps": expert_format.random_rows(rng, experts, hidden, width),
     }
-    # OLMoE normalises queries and keys whole, Qwen3 head by head.
-    whole = shape.architecture == "olmoe"
+    whole = shape.qk_norm is QkNorm.PROJECTION
     norms = {
         "attn_q_norm": q_size if whole else shape.head_dim,
         "attn_k_norm": kv_size if whole else shape.head_dim,
@@ -203,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a quick look")
     args = parser.parse_args(argv)
-    shape = SHAPES[args.shape]
+    shape = find_model(args.shape).shape
     write_gguf(args.out, replace(shape, num_layers=args.layers or shape.num_layers), args.format)
 
 
