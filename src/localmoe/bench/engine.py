@@ -19,7 +19,7 @@ from torch import Tensor
 
 from localmoe.bench.machine import READ_BYTES, cpu_name, read_bandwidth_bytes_s
 from localmoe.bench.shapes import BenchModel
-from localmoe.core.errors import ConfigError, EngineFaultError, EngineStartError
+from localmoe.core.errors import ChecksumError, ConfigError, EngineFaultError, EngineStartError
 from localmoe.core.model import ModelShape, WeightFormat
 from localmoe.core.plans import BatchPlan, SequenceStep
 from localmoe.core.protocols import ExpertExecutor
@@ -124,6 +124,15 @@ def check_memory(model: BenchModel, weights: WeightFormat, kernels: Kernels, ava
         )
 
 
+def check_context(model: BenchModel, workload: Workload) -> None:
+    """Raises ConfigError where a sequence of the workload does not fit the model's context."""
+    if max(workload.prompt_tokens, DECODE_STEPS) > model.shape.max_context_tokens:
+        raise ConfigError(
+            f"--prompt-tokens is {workload.prompt_tokens}; decoding takes {DECODE_STEPS}, and the context of "
+            f"{model.name} is {model.shape.max_context_tokens}"
+        )
+
+
 def measure_engine(
     model: BenchModel,
     store_path: Path,
@@ -145,16 +154,15 @@ def measure_engine(
         EngineStartError: there are no C++ kernels to measure the machine with.
         StoreError: the store is damaged.
     """
-    if max(workload.prompt_tokens, DECODE_STEPS) > model.shape.max_context_tokens:
-        raise ConfigError(
-            f"--prompt-tokens is {workload.prompt_tokens}; decoding takes {DECODE_STEPS}, and the context of "
-            f"{model.name} is {model.shape.max_context_tokens}"
-        )
+    check_context(model, workload)
     say("reading memory")
     before = read_bandwidth_bytes_s(num_threads, workload.bandwidth_bytes)
     say("reading and checking the store")
     with Store.open(store_path) as store:
-        store.check(num_threads)
+        try:
+            store.check(num_threads)
+        except ChecksumError as error:
+            raise ChecksumError(f"{error}; delete the file, and it is made anew") from error
         weights = store.weights
         bench = _Bench(load_decoder(store, kernels), kernels, weights, config, workload)
     say(f"prefill of {workload.prompt_tokens} tokens")

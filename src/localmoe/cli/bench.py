@@ -20,7 +20,7 @@ app = typer.Typer(no_args_is_help=True, help="Measure this machine: the engine, 
 
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="Compute threads; by default the server's setting, or one per core."),
+    typer.Option(min=1, max=1024, help="Compute threads; by default the server's setting, or one per core."),
 ]
 Level = Annotated[
     str | None, typer.Option(help="Instructions to compute with, as avx2 or amx; by default the server's setting.")
@@ -58,7 +58,7 @@ def engine(
     17 GB in mxfp4) and keeps it for the next run. Contexts begin empty; nothing is speculated.
     """
     counts = _parse_streams(streams)
-    from localmoe.bench.engine import Workload, check_memory, measure_engine
+    from localmoe.bench.engine import Workload, check_context, check_memory, measure_engine
     from localmoe.bench.machine import require_cpu_kernels
     from localmoe.bench.shapes import find_model
     from localmoe.bench.weights import ensure_store
@@ -72,11 +72,12 @@ def engine(
     settings = load_settings()
     config, num_threads = settings.engine, _num_threads(threads, settings.engine)
     kernels = _kernels(config, level, num_threads)
+    workload = Workload(streams=counts, prompt_tokens=prompt_tokens)
+    check_context(model, workload)
     check_memory(model, stored, kernels, available_memory_bytes())
     with progress_bars() as on_progress:
         path = ensure_store(model, stored, settings.home, on_progress)
     # No bars from here on: drawing them would take time from what is measured.
-    workload = Workload(streams=counts, prompt_tokens=prompt_tokens)
     report = measure_engine(model, path, kernels, num_threads, config, workload, _say)
     if as_json:
         _print_json(report)
