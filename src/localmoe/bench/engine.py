@@ -158,20 +158,15 @@ def measure_engine(
     say("reading memory")
     before = read_bandwidth_bytes_s(num_threads, workload.bandwidth_bytes)
     say("reading and checking the store")
-    with Store.open(store_path) as store:
-        try:
-            store.check(num_threads)
-        except ChecksumError as error:
-            raise ChecksumError(f"{error}; delete the file, and it is made anew") from error
-        weights = store.weights
-        bench = _Bench(load_decoder(store, kernels), kernels, weights, config, workload)
+    decoder, weights = _load(store_path, kernels, num_threads)
+    bench = _Bench(decoder, kernels, weights, config, workload)
     say(f"prefill of {workload.prompt_tokens} tokens")
     prefill_s = bench.prefill_s(workload.prompt_tokens)
     decoded = {}
     for num_streams in workload.streams:
         say(f"decode, streams: {num_streams}")
         decoded[num_streams] = bench.decode(num_streams)
-    del bench  # its memory is needed to read
+    del bench, decoder  # their memory is needed to read
     say("reading memory once more")
     # A shared machine changes its speed within minutes, and no step should beat the roof that it is held against.
     bandwidth = max(before, read_bandwidth_bytes_s(num_threads, workload.bandwidth_bytes))
@@ -195,6 +190,15 @@ def measure_engine(
         read_gb_s={n: rate / 1e9 for n, rate in read_bytes_s.items()},
         roof_fraction={n: rate / bandwidth for n, rate in read_bytes_s.items()},
     )
+
+
+def _load(store_path: Path, kernels: Kernels, num_threads: int) -> tuple[Decoder, WeightFormat]:
+    with Store.open(store_path) as store:
+        try:
+            store.check(num_threads)
+        except ChecksumError as error:
+            raise ChecksumError(f"{error}; delete the file, and it is made anew") from error
+        return load_decoder(store, kernels), store.weights
 
 
 def step_bytes(
