@@ -289,6 +289,7 @@ NB_MODULE(_cpu, m) {
     m.doc() = "Kernels for the CPU.";
     m.def("levels", working_levels,
           "Levels of instructions that this machine was seen to compute with, lowest first.");
+    m.attr("MAX_TOP_K") = kMaxTopK;
     nb::class_<BoundMatrix>(m, "Matrix")
         .def(nb::init<const std::string&, size_t, size_t, Bytes, Bytes, float>(), "format"_a, "rows"_a,
              "columns"_a, "values"_a.noconvert(), "scales"_a.noconvert(), "tensor_scale"_a);

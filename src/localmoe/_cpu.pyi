@@ -12,6 +12,8 @@ def levels() -> list[str]:
     Levels of instructions that this machine was seen to compute with, lowest first.
     """
 
+MAX_TOP_K: int = 64
+
 class Matrix:
     def __init__(self, format: str, rows: int, columns: int, values: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], scales: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], tensor_scale: float) -> None: ...
 

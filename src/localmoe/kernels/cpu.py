@@ -32,9 +32,6 @@ from localmoe.kernels.base import (
     RouterWeights,
 )
 
-_MAX_TOP_K = 64
-"""Experts per token; `kMaxTopK` of the C++ sources."""
-
 
 class CpuKernels:
     """The kernels of one level of instructions on threads of their own.
@@ -121,9 +118,9 @@ class CpuKernels:
                 return h_TD, torch.zeros(len(x_TD), 1, dtype=torch.int32), torch.ones(len(x_TD), 1)
 
             return all_to_one
-        if top_k > _MAX_TOP_K:
+        if top_k > _cpu.MAX_TOP_K:
             raise EngineStartError(
-                f"the model sends a token to {top_k} experts, {_MAX_TOP_K} are most for the C++ kernels; "
+                f"the model sends a token to {top_k} experts, {_cpu.MAX_TOP_K} are most for the C++ kernels; "
                 f"set cpu_level to 'reference'"
             )
         bound = _matrix(matrix)
