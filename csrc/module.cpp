@@ -3,14 +3,12 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <mutex>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 
 #include "levels.hpp"
 #include "runtime.hpp"
@@ -106,22 +104,52 @@ struct BoundAttention : AttentionWeights {
     size_t num_kv_heads;
 };
 
+// The experts of a layer; those whose weights are here are placed.
 struct BoundExperts {
-    explicit BoundExperts(const std::vector<std::tuple<BoundMatrix, BoundMatrix, BoundMatrix>>& matrices) {
-        require(!matrices.empty(), "there is no expert");
-        for (const auto& [gate, up, down] : matrices) {
-            experts.push_back({gate, up, down});
-            owners.insert(owners.end(), {gate, up, down});
-            const Matrix& first = experts[0].gate;
-            require(gate.rows == first.rows && gate.columns == first.columns && up.rows == first.rows &&
-                        up.columns == first.columns && down.rows == first.columns && down.columns == first.rows &&
-                        gate.format == first.format && up.format == first.format && down.format == first.format,
-                    "the experts' matrices do not fit together");
-        }
+    BoundExperts(const std::string& name, size_t count, size_t hidden_size, size_t expert_size)
+        : like{empty(name, expert_size, hidden_size), empty(name, expert_size, hidden_size),
+               empty(name, hidden_size, expert_size)},
+          places(count) {
+        require(count > 0 && hidden_size > 0 && expert_size > 0, "there is no expert");
+        require(count < kMaxSize && hidden_size < kMaxSize && expert_size < kMaxSize, "a size is over 2^31");
+        require(!is_quantized(like.gate.format) || (hidden_size % kBlock == 0 && expert_size % kBlock == 0),
+                "32 must divide the sizes of quantised experts");
     }
 
-    std::vector<Expert> experts;
-    std::vector<BoundMatrix> owners;
+    void place(size_t id, const BoundMatrix& gate, const BoundMatrix& up, const BoundMatrix& down) {
+        require(id < places.size(), "an expert id is out of range");
+        const auto fits = [](const Matrix& matrix, const Matrix& expected) {
+            return matrix.format == expected.format && matrix.rows == expected.rows &&
+                   matrix.columns == expected.columns;
+        };
+        require(fits(gate, like.gate) && fits(up, like.up) && fits(down, like.down),
+                "the expert's matrices are not of the layer's format and sizes");
+        places[id].emplace(Place{{gate, up, down}, {gate, up, down}});
+    }
+
+    void remove(size_t id) {
+        require(id < places.size(), "an expert id is out of range");
+        places[id].reset();
+    }
+
+    const Expert* at(int32_t id) const {
+        require(id >= 0 && static_cast<size_t>(id) < places.size(), "an expert id is out of range");
+        const auto& place = places[static_cast<size_t>(id)];
+        require(place.has_value(), "an expert is not placed");
+        return &place->expert;
+    }
+
+    struct Place {
+        Expert expert;
+        std::vector<BoundMatrix> owners;
+    };
+    const Expert like;
+    std::vector<std::optional<Place>> places;
+
+private:
+    static Matrix empty(const std::string& name, size_t rows, size_t columns) {
+        return {parse_format(name), rows, columns, nullptr, nullptr, 1.0f};
+    }
 };
 
 struct BoundRuntime : Runtime {
@@ -225,17 +253,45 @@ struct BoundRuntime : Runtime {
 
     void moe(const BoundExperts& bound, ConstFloats h, Array<const int32_t, 2> ids, ConstFloats weights,
              Floats x) {
-        const size_t T = h.shape(0), D = bound.experts[0].gate.columns;
-        require(T > 0 && h.shape(1) == D && x.shape(0) == T && x.shape(1) == D, "h or x is not [T, D]");
-        require(ids.shape(0) == T && weights.shape(0) == T && ids.shape(1) == weights.shape(1), "not [T, K]");
-        require(ids.shape(1) >= 1 && ids.shape(1) <= kMaxTopK, "top_k is out of range");
-        for (size_t i = 0; i < ids.size(); ++i) {
-            require(ids.data()[i] >= 0 && static_cast<size_t>(ids.data()[i]) < bound.experts.size(),
-                    "an expert id is out of range");
-        }
+        check_tokens(bound, h, ids);
+        check_output(weights, x, h.shape(0), ids.shape(1), h.shape(1));
+        std::vector<int32_t> used(ids.data(), ids.data() + ids.size());
+        std::sort(used.begin(), used.end());
+        used.erase(std::unique(used.begin(), used.end()), used.end());
+        const std::vector<const Expert*> experts = at(bound, used);
         const nb::gil_scoped_release release;
         const std::lock_guard lock(mutex_);
-        Runtime::moe(bound.experts, h.data(), ids.data(), weights.data(), T, ids.shape(1), x.data());
+        begun_ = nullptr;
+        Runtime::moe_begin(bound.places.size(), bound.like, h.data(), ids.data(), h.shape(0), ids.shape(1));
+        Runtime::moe_compute(experts.data(), used.data(), used.size());
+        Runtime::moe_finish(weights.data(), x.data());
+    }
+
+    void moe_begin(const BoundExperts& bound, ConstFloats h, Array<const int32_t, 2> ids) {
+        check_tokens(bound, h, ids);
+        const nb::gil_scoped_release release;
+        const std::lock_guard lock(mutex_);
+        Runtime::moe_begin(bound.places.size(), bound.like, h.data(), ids.data(), h.shape(0), ids.shape(1));
+        begun_ = &bound;
+        begun_tokens_ = h.shape(0);
+        begun_top_k_ = ids.shape(1);
+    }
+
+    void moe_compute(const BoundExperts& bound, const std::vector<int32_t>& ids) {
+        const std::vector<const Expert*> experts = at(bound, ids);
+        const nb::gil_scoped_release release;
+        const std::lock_guard lock(mutex_);
+        require(begun_ == &bound, "moe_begin was not called for these experts");
+        Runtime::moe_compute(experts.data(), ids.data(), ids.size());
+    }
+
+    void moe_finish(const BoundExperts& bound, ConstFloats weights, Floats x) {
+        const nb::gil_scoped_release release;
+        const std::lock_guard lock(mutex_);
+        require(begun_ == &bound, "moe_begin was not called for these experts");
+        check_output(weights, x, begun_tokens_, begun_top_k_, bound.like.gate.columns);
+        begun_ = nullptr;
+        Runtime::moe_finish(weights.data(), x.data());
     }
 
     void draw(ConstFloats logits, Vector temperatures, Ids top_k, Vector top_p, Vector min_p,
@@ -259,7 +315,30 @@ struct BoundRuntime : Runtime {
     }
 
 private:
+    static void check_tokens(const BoundExperts& bound, ConstFloats h, Array<const int32_t, 2> ids) {
+        require(h.shape(0) > 0 && h.shape(1) == bound.like.gate.columns, "h is not [T, D]");
+        require(ids.shape(0) == h.shape(0), "ids are not [T, K]");
+        require(ids.shape(1) >= 1 && ids.shape(1) <= kMaxTopK, "top_k is out of range");
+        for (size_t i = 0; i < ids.size(); ++i) {
+            require(ids.data()[i] >= 0 && static_cast<size_t>(ids.data()[i]) < bound.places.size(),
+                    "an expert id is out of range");
+        }
+    }
+
+    static void check_output(ConstFloats weights, Floats x, size_t num_tokens, size_t top_k, size_t hidden_size) {
+        require(weights.shape(0) == num_tokens && weights.shape(1) == top_k, "weights are not [T, K]");
+        require(x.shape(0) == num_tokens && x.shape(1) == hidden_size, "x is not [T, D]");
+    }
+
+    static std::vector<const Expert*> at(const BoundExperts& bound, const std::vector<int32_t>& ids) {
+        std::vector<const Expert*> experts;
+        for (const int32_t id : ids) experts.push_back(bound.at(id));
+        return experts;
+    }
+
     std::mutex mutex_;  // Python's threads take turns: operations share their threads and their memory
+    const BoundExperts* begun_ = nullptr;  // whose moe_begin is to be finished; only compared
+    size_t begun_tokens_ = 0, begun_top_k_ = 0;
 };
 
 BoundRuntime* make_runtime(const std::string& level, int num_threads, bool pin) {
@@ -299,7 +378,10 @@ NB_MODULE(_cpu, m) {
              "norm"_a.noconvert(), "q"_a, "k"_a, "v"_a, "o"_a, "q_norm"_a.none().noconvert(),
              "k_norm"_a.none().noconvert(), "num_heads"_a, "num_kv_heads"_a, "eps"_a);
     nb::class_<BoundExperts>(m, "Experts")
-        .def(nb::init<const std::vector<std::tuple<BoundMatrix, BoundMatrix, BoundMatrix>>&>(), "matrices"_a);
+        .def(nb::init<const std::string&, size_t, size_t, size_t>(), "format"_a, "num_experts"_a, "hidden_size"_a,
+             "expert_size"_a)
+        .def("place", &BoundExperts::place, "id"_a, "gate"_a, "up"_a, "down"_a)
+        .def("remove", &BoundExperts::remove, "id"_a);
     nb::class_<BoundRuntime>(m, "Runtime")
         .def(nb::new_(&make_runtime), "level"_a, "num_threads"_a, "pin"_a = false)
         .def("embed", &BoundRuntime::embed, "matrix"_a, "ids"_a.noconvert(), "out"_a.noconvert())
@@ -314,6 +396,9 @@ NB_MODULE(_cpu, m) {
         .def("norm", &BoundRuntime::norm, "weight"_a.noconvert(), "eps"_a, "x"_a.noconvert(), "h"_a.noconvert())
         .def("moe", &BoundRuntime::moe, "experts"_a, "h"_a.noconvert(), "ids"_a.noconvert(),
              "weights"_a.noconvert(), "x"_a.noconvert())
+        .def("moe_begin", &BoundRuntime::moe_begin, "experts"_a, "h"_a.noconvert(), "ids"_a.noconvert())
+        .def("moe_compute", &BoundRuntime::moe_compute, "experts"_a, "ids"_a)
+        .def("moe_finish", &BoundRuntime::moe_finish, "experts"_a, "weights"_a.noconvert(), "x"_a.noconvert())
         .def("draw", &BoundRuntime::draw, "logits"_a.noconvert(), "temperatures"_a.noconvert(),
              "top_k"_a.noconvert(), "top_p"_a.noconvert(), "min_p"_a.noconvert(), "uniforms"_a.noconvert(),
              "ids"_a.noconvert())

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 namespace localmoe {
 namespace {
@@ -29,54 +30,6 @@ void choose_experts(const float* logits, size_t num_experts, size_t top_k, bool 
         for (size_t k = 0; k < top_k; ++k) weights[k] /= chosen;
     }
 }
-
-// The (token, slot) pairs of a step in order of expert, so that each expert is read once.
-struct ExpertPlan {
-    // One expert's pairs: [first, first + count) of `pairs`.
-    struct Share {
-        const Expert* expert;
-        size_t first, count;
-    };
-    // A token group within a share.
-    struct Group {
-        size_t first, count;
-    };
-    std::vector<size_t> pairs;     // token * top_k + slot
-    std::vector<size_t> place_of;  // the inverse
-    std::vector<Share> shares;
-    std::vector<Group> groups;
-
-    ExpertPlan(const std::vector<Expert>& experts, const int32_t* ids, size_t num_pairs, size_t token_group)
-        : pairs(num_pairs), place_of(num_pairs) {
-        std::vector<size_t> starts(experts.size() + 1);
-        for (size_t i = 0; i < num_pairs; ++i) ++starts[static_cast<size_t>(ids[i]) + 1];
-        for (size_t e = 0; e < experts.size(); ++e) {
-            const size_t count = starts[e + 1];
-            starts[e + 1] += starts[e];
-            if (count > 0) shares.push_back({&experts[e], starts[e], count});
-        }
-        for (size_t i = 0; i < num_pairs; ++i) {
-            place_of[i] = starts[static_cast<size_t>(ids[i])]++;
-            pairs[place_of[i]] = i;
-        }
-        for (const Share& share : shares) {
-            for (size_t first = 0; first < share.count; first += token_group) {
-                groups.push_back({share.first + first, std::min(token_group, share.count - first)});
-            }
-        }
-    }
-
-    // A run of all shares' row groups, share by share: function(share, first row group, last).
-    template <class Function>
-    void split(size_t first, size_t last, size_t groups_per_share, Function&& function) const {
-        while (first < last) {
-            const size_t share = first / groups_per_share, from = first % groups_per_share;
-            const size_t to = std::min(groups_per_share, from + last - first);
-            function(shares[share], from, to);
-            first += to - from;
-        }
-    }
-};
 
 // A tile is all query heads of one key head, for as many neighbouring tokens as fit.
 std::vector<QueryTile> query_tiles(const AttentionWeights& w, const Cache& cache, const Step& step, const float* q,
@@ -310,71 +263,155 @@ void Runtime::norm(const float* weight, float eps, const float* x, size_t num_to
     });
 }
 
-void Runtime::moe(const std::vector<Expert>& experts, const float* h, const int32_t* ids, const float* weights,
-                  size_t num_tokens, size_t top_k, float* x) {
-    const ExpertPlan plan(experts, ids, num_tokens * top_k, kernels_.token_group);
-    const size_t num_pairs = num_tokens * top_k;
-    const Matrix& gate = experts[0].gate;
-    const Format format = gate.format;
-    const size_t D = gate.columns, F = gate.rows, up_groups = gate.num_groups(), F_padded = up_groups * kRowGroup;
-    const size_t down_groups = experts[0].down.num_groups();
-    const size_t blocks = D / kBlock, spans = blocks * spans_per_block(format);
-    prepare(std::max(D, F));
-    inputs_.resize(num_pairs, D, format);
-    inner_.resize(num_pairs, F, format);
-    float* hidden = hidden_.get(num_pairs * F_padded);
-    float* expert_out = expert_out_.get(num_pairs * D);
-    auto* codes = row_codes_.get(num_tokens * D / 4 + 1);
-    auto* scales = row_scales_.get(num_tokens * blocks + 1);
-    auto* bias = row_bias_.get(num_tokens * spans + 1);
+Runtime::ExpertPlan::ExpertPlan(size_t num_experts, const int32_t* ids, size_t num_pairs)
+    : pairs(num_pairs), place_of(num_pairs), shares(num_experts), share_of(num_pairs) {
+    for (size_t i = 0; i < num_pairs; ++i) ++shares[static_cast<size_t>(ids[i])].count;
+    size_t first = 0;
+    for (Share& share : shares) {
+        share.first = first;
+        first += std::exchange(share.count, 0);
+    }
+    for (size_t i = 0; i < num_pairs; ++i) {
+        const auto expert = static_cast<size_t>(ids[i]);
+        Share& share = shares[expert];
+        const size_t place = share.first + share.count++;
+        pairs[place] = i;
+        place_of[i] = place;
+        share_of[place] = expert;
+    }
+}
 
-    Items rows(is_quantized(format) ? num_tokens : 0), in_groups(plan.groups.size()), h_groups(plan.groups.size()),
-        tokens(num_tokens);
-    Runs up_rows = runs_of(gate, plan.shares.size()), down_rows = runs_of(experts[0].down, plan.shares.size());
+void Runtime::moe_begin(size_t num_experts, const Expert& like, const float* h, const int32_t* ids,
+                        size_t num_tokens, size_t top_k) {
+    Moe& moe = moe_;
+    const size_t num_pairs = num_tokens * top_k;
+    moe.plan.emplace(num_experts, ids, num_pairs);
+    moe.num_tokens = num_tokens;
+    moe.top_k = top_k;
+    moe.hidden_size = like.gate.columns;
+    moe.expert_size = like.gate.rows;
+    moe.format = like.gate.format;
+    const size_t D = moe.hidden_size, F = moe.expert_size, F_padded = like.gate.num_groups() * kRowGroup;
+    const size_t blocks = D / kBlock, spans = blocks * spans_per_block(moe.format);
+    prepare(std::max(D, F));
+    moe.inputs.resize(num_pairs, D, moe.format);
+    moe.inner.resize(num_pairs, F, moe.format);
+    moe.hidden.get(num_pairs * F_padded);
+    moe.expert_out.get(num_pairs * D);
+    if (!is_quantized(moe.format)) {
+        std::copy_n(h, num_tokens * D, moe.values.get(num_tokens * D));
+        return;
+    }
+    auto* codes = moe.codes.get(num_tokens * D / 4);
+    auto* scales = moe.scales.get(num_tokens * blocks);
+    auto* bias = moe.bias.get(num_tokens * spans);
+    Items tokens(num_tokens);
+    pool_.run([&](int) {
+        for (size_t t; tokens.take(t);) {
+            kernels_.quantize(h + t * D, D, moe.format, reinterpret_cast<int8_t*>(codes + t * D / 4),
+                              scales + t * blocks, bias + t * spans);
+        }
+    });
+}
+
+void Runtime::moe_compute(const Expert* const* experts, const int32_t* ids, size_t count) {
+    Moe& moe = moe_;
+    ExpertPlan& plan = *moe.plan;
+    // One expert's pairs, and a token group within them.
+    struct Share {
+        const Expert* expert;
+        size_t first, count;
+    };
+    struct Group {
+        size_t first, count;
+    };
+    std::vector<Share> shares;
+    std::vector<Group> token_groups;
+    for (size_t i = 0; i < count; ++i) {
+        auto& share = plan.shares[static_cast<size_t>(ids[i])];
+        if (share.count == 0) continue;
+        share.computed = true;
+        shares.push_back({experts[i], share.first, share.count});
+        for (size_t first = 0; first < share.count; first += kernels_.token_group) {
+            token_groups.push_back({share.first + first, std::min(kernels_.token_group, share.count - first)});
+        }
+    }
+    if (shares.empty()) return;
+    const size_t D = moe.hidden_size, top_k = moe.top_k;
+    const Matrix &gate = shares[0].expert->gate, &down = shares[0].expert->down;
+    const size_t up_groups = gate.num_groups(), down_groups = down.num_groups(), F_padded = up_groups * kRowGroup;
+    const size_t blocks = D / kBlock, spans = blocks * spans_per_block(moe.format);
+    float* hidden = moe.hidden.data();
+    float* expert_out = moe.expert_out.data();
+    prepare(std::max(D, moe.expert_size));
+
+    // A run of all shares' row groups, share by share: function(share, first row group, last).
+    const auto split = [&](size_t first, size_t last, size_t groups_per_share, auto&& function) {
+        while (first < last) {
+            const size_t from = first % groups_per_share;
+            const size_t to = std::min(groups_per_share, from + last - first);
+            function(shares[first / groups_per_share], from, to);
+            first += to - from;
+        }
+    };
+    Items in_groups(token_groups.size()), inner_groups(token_groups.size());
+    Runs up_rows = runs_of(gate, shares.size()), down_rows = runs_of(down, shares.size());
     pool_.run([&](int thread) {
         auto& scratch = threads_[static_cast<size_t>(thread)];
         uint8_t* bytes = scratch.product.data();
-        for (size_t t; rows.take(t);) {
-            kernels_.quantize(h + t * D, D, format, reinterpret_cast<int8_t*>(codes + t * D / 4),
-                              scales + t * blocks, bias + t * spans);
-        }
-        pool_.barrier();
         for (size_t g; in_groups.take(g);) {
-            const auto [first, count] = plan.groups[g];
+            const auto [first, size] = token_groups[g];
             Row packed[kMaxTokenGroup];
-            for (size_t i = 0; i < count; ++i) {
+            for (size_t i = 0; i < size; ++i) {
                 const size_t t = plan.pairs[first + i] / top_k;
-                packed[i] = {codes + t * D / 4, scales + t * blocks, bias + t * spans, h + t * D};
+                packed[i] = {moe.codes.data() + t * D / 4, moe.scales.data() + t * blocks,
+                             moe.bias.data() + t * spans, moe.values.data() + t * D};
             }
-            pack(inputs_, first, count, packed);
+            pack(moe.inputs, first, size, packed);
         }
         pool_.barrier();
         for (size_t first, last; up_rows.take(first, last);) {
-            plan.split(first, last, up_groups, [&](const ExpertPlan::Share& share, size_t from, size_t to) {
+            split(first, last, up_groups, [&](const Share& share, size_t from, size_t to) {
                 kernels_.gate_up(share.expert->gate, share.expert->up, from, to,
-                                 inputs_.from(share.first, share.count),
+                                 moe.inputs.from(share.first, share.count),
                                  {hidden + share.first * F_padded, F_padded, false}, bytes);
             });
         }
         pool_.barrier();
-        for (size_t g; h_groups.take(g);) {
-            const auto [first, count] = plan.groups[g];
-            quantize_and_pack(inner_, first, count, hidden, F_padded, scratch, nullptr, 0.0f);
+        for (size_t g; inner_groups.take(g);) {
+            const auto [first, size] = token_groups[g];
+            quantize_and_pack(moe.inner, first, size, hidden, F_padded, scratch, nullptr, 0.0f);
         }
         pool_.barrier();
         for (size_t first, last; down_rows.take(first, last);) {
-            plan.split(first, last, down_groups, [&](const ExpertPlan::Share& share, size_t from, size_t to) {
-                kernels_.product(share.expert->down, from, to, inner_.from(share.first, share.count),
+            split(first, last, down_groups, [&](const Share& share, size_t from, size_t to) {
+                kernels_.product(share.expert->down, from, to, moe.inner.from(share.first, share.count),
                                  {expert_out + share.first * D, D, false}, bytes);
             });
         }
-        pool_.barrier();
+    });
+}
+
+void Runtime::moe_finish(const float* weights, float* x) {
+    const Moe& moe = moe_;
+    const ExpertPlan& plan = *moe.plan;
+    const size_t D = moe.hidden_size, top_k = moe.top_k;
+    Items tokens(moe.num_tokens);
+    pool_.run([&](int) {
         for (size_t t; tokens.take(t);) {
             const float* parts[kMaxTopK];
-            for (size_t k = 0; k < top_k; ++k) parts[k] = expert_out + plan.place_of[t * top_k + k] * D;
-            kernels_.weighted_sum(parts, weights + t * top_k, top_k, D, x + t * D);
+            float shares[kMaxTopK];
+            size_t count = 0;
+            for (size_t pair = t * top_k; pair < (t + 1) * top_k; ++pair) {
+                const size_t place = plan.place_of[pair];
+                if (!plan.shares[plan.share_of[place]].computed) continue;
+                parts[count] = moe.expert_out.data() + place * D;
+                shares[count++] = weights[pair];
+            }
+            if (count > 0) kernels_.weighted_sum(parts, shares, count, D, x + t * D);
         }
     });
+    moe_.plan.reset();
 }
 
 void Runtime::draw(const float* logits, size_t num_rows, size_t size, const float* temperatures,

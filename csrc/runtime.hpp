@@ -5,6 +5,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "kernels.hpp"
@@ -90,9 +91,15 @@ public:
     // h [T][D] = norm(x).
     void norm(const float* weight, float eps, const float* x, size_t num_tokens, size_t columns, float* h);
 
-    // x [T][D] += sum over k of weights[t][k] * expert ids[t][k] of h [T][D].
-    void moe(const std::vector<Expert>& experts, const float* h, const int32_t* ids, const float* weights,
-             size_t num_tokens, size_t top_k, float* x);
+    // x [T][D] += sum over k of weights[t][k] * expert ids[t][k] of h [T][D], in as many parts as it takes for the
+    // weights to arrive: begin, then compute for each of the experts once, then finish. What was not computed is
+    // left out of the sum; in which parts the rest was makes no difference to any bit. h and ids are not needed
+    // after begin. Between begin and finish all other operations may run.
+    void moe_begin(size_t num_experts, const Expert& like, const float* h, const int32_t* ids, size_t num_tokens,
+                   size_t top_k);
+    // experts[i] has id ids[i]; those that no token goes to are passed over.
+    void moe_compute(const Expert* const* experts, const int32_t* ids, size_t count);
+    void moe_finish(const float* weights, float* x);
 
     // out [T][V] = norm(x) times the head transposed; without a norm if it is null.
     void logits(const float* norm, float eps, const Matrix& head, const float* x, size_t num_tokens, float* out);
@@ -124,6 +131,31 @@ private:
         const int32_t* bias;
         const float* values;
     };
+    // The (token, slot) pairs of a step in order of expert, so that each expert is read once.
+    struct ExpertPlan {
+        // One expert's pairs: [first, first + count) of `pairs`.
+        struct Share {
+            size_t first, count;
+            bool computed;
+        };
+        std::vector<size_t> pairs;     // token * top_k + slot
+        std::vector<size_t> place_of;  // the inverse
+        std::vector<Share> shares;     // by expert
+        std::vector<size_t> share_of;  // by pair in its place
+
+        ExpertPlan(size_t num_experts, const int32_t* ids, size_t num_pairs);
+    };
+    // A layer's experts between begin and finish; its memory is not shared with other operations.
+    struct Moe {
+        std::optional<ExpertPlan> plan;
+        size_t num_tokens, top_k, hidden_size, expert_size;
+        Format format;
+        Packed inputs, inner;
+        Scratch<float> hidden, expert_out;
+        // The tokens, quantised but not packed, or a copy of them.
+        Scratch<int32_t> codes, bias;
+        Scratch<float> scales, values;
+    };
     // One thread's own memory, sized before the threads run.
     struct ThreadScratch {
         Scratch<uint8_t> product;
@@ -153,9 +185,8 @@ private:
     Pool pool_;
     std::vector<ThreadScratch> threads_ = std::vector<ThreadScratch>(static_cast<size_t>(pool_.num_threads()));
     Packed inputs_, inner_;
-    Scratch<float> q_, k_, v_, attended_, hidden_, expert_out_, scores_;
-    Scratch<int32_t> row_codes_, row_bias_;
-    Scratch<float> row_scales_;
+    Scratch<float> q_, k_, v_, attended_, scores_;
+    Moe moe_;
 };
 
 }  // namespace localmoe

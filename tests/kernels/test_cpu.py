@@ -23,7 +23,7 @@ from localmoe.core.model import WeightFormat
 from localmoe.formats.fp4 import Mxfp4Matrix, Nvfp4Matrix
 from localmoe.formats.packed import PackedMatrix, pack_matrix, pack_mxfp4, pack_nvfp4
 from localmoe.formats.store import ExpertWeights
-from localmoe.kernels.base import RouterWeights
+from localmoe.kernels.base import RouterWeights, placed_experts
 from localmoe.kernels.reference import ReferenceKernels
 
 
@@ -282,9 +282,9 @@ def test_experts(
     ids, shares = random_routes(num_tokens, num_experts, min(k, num_experts), seed)
     h, x = random(num_tokens, hidden, seed=seed), random(num_tokens, hidden, seed=seed + 1)
     found, expected = x.clone(), x.clone()
-    cpu_kernels(level).experts(bound)(h, ids, shares, found)
+    placed_experts(cpu_kernels(level), bound)(h, ids, shares, found)
     with reference_rounding_inputs(weights):
-        ReferenceKernels(2).experts(bound)(h, ids, shares, expected)
+        placed_experts(ReferenceKernels(2), bound)(h, ids, shares, expected)
     # The inner activations differ in the last bits, which may move one to the neighbouring int8 code: by 1/127 of
     # its block's largest, times a weight.
     largest = (expected - x).abs().max().item()
@@ -298,11 +298,11 @@ def test_a_tokens_experts_have_the_same_bits_everywhere(weights: WeightFormat) -
     ids, shares = random_routes(70, 8, 3, seed=1)  # the ninth expert is never used
     h, x = random(70, 96), random(70, 96, seed=1)
     alone = x.clone()
-    first = cpu_kernels(LEVELS[0], 1).experts(bound)
+    first = placed_experts(cpu_kernels(LEVELS[0], 1), bound)
     for t in range(70):
         first(h[[t]], ids[[t]], shares[[t]], alone[t : t + 1])
     for level, num_threads in EVERYWHERE:
-        compute = cpu_kernels(level, num_threads).experts(bound)
+        compute = placed_experts(cpu_kernels(level, num_threads), bound)
         for count in (1, 2, 3, 4, 5, 8, 12, 13, 16, 17, 31, 48, 69, 70):
             rows = slice(70 - count, 70)
             out = x[rows].clone()
@@ -312,11 +312,36 @@ def test_a_tokens_experts_have_the_same_bits_everywhere(weights: WeightFormat) -
 
 @each_level
 @each_format
+def test_experts_in_parts_have_the_same_bits(level: str, weights: WeightFormat) -> None:
+    experts = placed_experts(cpu_kernels(level), expert_weights(weights, 9, 96, 160))
+    disturb = cpu_kernels(level).linear(weight_matrix(weights, 48, 96))
+    for num_tokens in (1, 3, 40):
+        ids, shares = random_routes(num_tokens, 9, 4, seed=1)
+        h, x = random(num_tokens, 96), random(num_tokens, 96, seed=1)
+        whole, parts, some = x.clone(), x.clone(), x.clone()
+        experts(h, ids, shares, whole)
+        experts.begin(h, ids)
+        experts.begin(h, ids)  # a step that was given up is forgotten
+        for part in ([7], [], [0, 5, 2], [8, 1], [6, 4, 3]):
+            experts.compute(part)
+            disturb(random(70, 96))
+        experts.finish(shares, parts)
+        assert same_bits(parts, whole)
+        # What was not computed counts for nothing, as if it had no share.
+        experts.begin(h, ids)
+        experts.compute([5, 0])
+        experts.finish(shares, some)
+        experts(h, ids, shares * ((ids == 0) | (ids == 5)), expected := x.clone())
+        torch.testing.assert_close(some, expected, atol=1e-5, rtol=1e-5)
+
+
+@each_level
+@each_format
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 def test_experts_of_no_finite_number_spoil_their_token_alone(
     level: str, weights: WeightFormat, number: float
 ) -> None:
-    compute = cpu_kernels(level).experts(expert_weights(weights, 4, 64, 96))
+    compute = placed_experts(cpu_kernels(level), expert_weights(weights, 4, 64, 96))
     ids, shares = random_routes(20, 4, 2, seed=1)
     h, before = random(20, 64), torch.zeros(20, 64)
     compute(h, ids, shares, before)

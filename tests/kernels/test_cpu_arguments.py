@@ -14,7 +14,7 @@ from localmoe.core.errors import EngineStartError
 from localmoe.core.model import WeightFormat
 from localmoe.formats.packed import PackedMatrix
 from localmoe.formats.store import ExpertWeights
-from localmoe.kernels.base import AttentionWeights, PagedStep, RouterWeights
+from localmoe.kernels.base import AttentionWeights, PagedStep, RouterWeights, placed_experts
 
 _cpu = pytest.importorskip("localmoe._cpu", reason="the C++ kernels were not built")
 
@@ -146,14 +146,14 @@ def test_router() -> None:
         kernels().router(many)
 
 
-def test_experts() -> None:
-    def expert(width: int = 32, hidden: int = 64, weights: WeightFormat = F32) -> ExpertWeights:
-        wide = weight_matrix(weights, width, hidden)
-        return ExpertWeights(gate=wide, up=wide, down=weight_matrix(weights, hidden, width))
+def expert(width: int = 32, hidden: int = 64, weights: WeightFormat = F32) -> ExpertWeights:
+    wide = weight_matrix(weights, width, hidden)
+    return ExpertWeights(gate=wide, up=wide, down=weight_matrix(weights, hidden, width))
 
+
+def test_experts() -> None:
     good = expert()
     for wrong in (
-        [],
         [good, expert(width=64)],
         [good, expert(hidden=96)],
         [good, expert(weights=WeightFormat.BF16)],
@@ -162,8 +162,13 @@ def test_experts() -> None:
         [replace(good, down=weight_matrix(WeightFormat.INT8, 64, 32))],
     ):
         with pytest.raises(ValueError, match="expert"):
-            kernels().experts(wrong)
-    compute = kernels().experts([good, good])
+            placed_experts(kernels(), wrong)
+    for sizes in ((0, 64, 32), (1, 0, 32), (1, 64, 1 << 31)):
+        with pytest.raises(ValueError, match=r"no expert|2\^31"):
+            kernels().experts(*sizes, F32)
+    with pytest.raises(ValueError, match="32 must divide"):
+        kernels().experts(1, 64, 33, WeightFormat.INT8)
+    compute = placed_experts(kernels(), [good, good])
     h, ids, shares = random(3, 64), torch.zeros(3, 2, dtype=torch.int32), torch.ones(3, 2)
     compute(h, ids, shares, h.clone())
     for arguments in (
@@ -178,11 +183,37 @@ def test_experts() -> None:
         (h, torch.zeros(3, 65, dtype=torch.int32), torch.ones(3, 65), h.clone()),
         (h[:0], ids[:0], shares[:0], h[:0].clone()),
     ):
-        with pytest.raises(ValueError, match=r"h or x|K|top_k|out of range"):
+        with pytest.raises(ValueError, match=r"not \[T|top_k|out of range"):
             compute(*arguments)
     for arguments in ((h, ids.long(), shares, h.clone()), (h, ids, shares, random(3, 128)[:, :64])):
         with pytest.raises(TypeError):
             compute(*arguments)
+
+
+def test_experts_in_parts_are_refused_out_of_order() -> None:
+    runtime = kernels()
+    first, second = (placed_experts(runtime, [expert(), expert()]) for _ in range(2))
+    h, ids, shares = random(3, 64), torch.tensor([[0], [1], [0]], dtype=torch.int32), torch.ones(3, 1)
+    with pytest.raises(ValueError, match="moe_begin"):
+        first.compute([0])
+    first.begin(h, ids)
+    for wrong, match in (((second, [0]), "moe_begin"), ((first, [2]), "range"), ((first, [-1]), "range")):
+        with pytest.raises(ValueError, match=match):
+            wrong[0].compute(wrong[1])
+    first.remove(1)
+    with pytest.raises(ValueError, match="not placed"):
+        first.compute([1])
+    with pytest.raises(ValueError, match="not placed"):
+        first(h, ids, shares, h.clone())
+    with pytest.raises(ValueError, match="range"):
+        first.remove(2)
+    with pytest.raises(ValueError, match=r"not \[T, K\]"):
+        first.finish(torch.ones(3, 2), h.clone())
+    with pytest.raises(ValueError, match=r"not \[T, D\]"):
+        first.finish(shares, h[:2].clone())
+    first.finish(shares, h.clone())
+    with pytest.raises(ValueError, match="moe_begin"):
+        first.finish(shares, h.clone())
 
 
 def attention() -> AttentionWeights:

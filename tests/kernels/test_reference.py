@@ -8,10 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_samples import cache_with, paged_step, random, scattered_tables
+from torch import Tensor
 
-from localmoe.core.model import ModelShape, RopeScaling
+from localmoe.core.model import ModelShape, RopeScaling, WeightFormat
+from localmoe.formats.packed import pack_matrix
+from localmoe.formats.store import ExpertWeights
 from localmoe.kernels import reference as kernels
-from localmoe.kernels.base import rotary_frequencies
+from localmoe.kernels.base import placed_experts, rotary_frequencies
+from localmoe.kernels.reference import ReferenceKernels
 
 
 def tiny_shape(rope_scaling: RopeScaling | None = None) -> ModelShape:
@@ -119,28 +123,39 @@ def test_frequencies_fall_from_one_in_equal_ratios() -> None:
     np.testing.assert_allclose(rotary_frequencies(tiny_shape()), [1.0, 1e-1, 1e-2, 1e-3], rtol=1e-6)
 
 
+def moe(h: Tensor, ids: Tensor, shares: Tensor, experts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    packed = [[pack_matrix(matrix, WeightFormat.F32) for matrix in expert] for expert in experts]
+    weights = [ExpertWeights(gate=gate, up=up, down=down) for gate, up, down in packed]
+    out = torch.zeros_like(h)
+    placed_experts(ReferenceKernels(1), weights)(h, ids, shares, out)
+    return out
+
+
+def random_experts(count: int, hidden: int, width: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    matrices = random(count, 3, hidden, width, seed=1)
+    return [(gate.T.contiguous(), up.T.contiguous(), down) for gate, up, down in matrices]
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 9), st.integers(1, 6), st.integers(0, 1000))
 def test_experts(num_tokens: int, num_experts: int, seed: int) -> None:
     hidden, width, k = 8, 12, min(2, num_experts)
-    x = random(num_tokens, hidden, seed=seed)
-    gate_up, down = random(num_experts, 2 * width, hidden, seed=1), random(num_experts, hidden, width, seed=2)
+    x, experts = random(num_tokens, hidden, seed=seed), random_experts(num_experts, hidden, width)
     ids, weights = kernels.top_k_softmax(random(num_tokens, num_experts, seed=seed + 1), k, normalize=True)
-    out = kernels.moe(x, ids, weights, gate_up, down)
+    out = moe(x, ids, weights, experts)
     for t in range(num_tokens):
         expected = torch.zeros(hidden)
         for expert, weight in zip(ids[t].tolist(), weights[t], strict=True):
-            gate, up = (gate_up[expert] @ x[t]).chunk(2)
-            expected += weight * (down[expert] @ (gate * gate.sigmoid() * up))
+            gate, up, down = experts[expert]
+            expected += weight * (down @ ((gate @ x[t]) * (gate @ x[t]).sigmoid() * (up @ x[t])))
         torch.testing.assert_close(out[t], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_tokens_experts_do_not_depend_on_its_neighbours() -> None:
-    x = random(16, 8)
-    gate_up, down = random(4, 24, 8, seed=1), random(4, 8, 12, seed=2)
+    x, experts = random(16, 8), random_experts(4, 8, 12)
     ids, weights = kernels.top_k_softmax(random(16, 4, seed=3), 2, normalize=True)
-    together = kernels.moe(x, ids, weights, gate_up, down)
-    alone = torch.cat([kernels.moe(x[[t]], ids[[t]], weights[[t]], gate_up, down) for t in range(16)])
+    together = moe(x, ids, weights, experts)
+    alone = torch.cat([moe(x[[t]], ids[[t]], weights[[t]], experts) for t in range(16)])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
 

@@ -25,7 +25,7 @@ from localmoe.engine.kv_cache import place
 from localmoe.formats.packed import PackedMatrix, packed_bytes
 from localmoe.formats.store import ExpertWeights
 from localmoe.hardware.memory import available_memory_bytes
-from localmoe.kernels.base import Attention, AttentionWeights, PagedStep, rotary_frequencies
+from localmoe.kernels.base import Attention, AttentionWeights, PagedStep, placed_experts, rotary_frequencies
 from localmoe.kernels.cpu import CpuKernels
 
 KERNELS = ("matrix", "moe", "head", "attention")
@@ -210,11 +210,12 @@ def _moe_works(shape: ModelShape, kernels: CpuKernels, weights: WeightFormat, bu
     F, D, E, K = shape.expert_size, shape.hidden_size, shape.num_experts, shape.top_k
     sizes = [(F, D), (F, D), (D, F)] * E
     layers = [
-        kernels.experts(
+        placed_experts(
+            kernels,
             [
                 ExpertWeights(gate=gate, up=up, down=down)
                 for gate, up, down in zip(group[::3], group[1::3], group[2::3], strict=True)
-            ]
+            ],
         )
         for group in _Cutter(buffer, weights, EXPERT_SPREAD).fill(*sizes)
     ]

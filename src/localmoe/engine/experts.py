@@ -4,7 +4,7 @@ from torch import Tensor
 
 from localmoe.core.model import ExpertId
 from localmoe.formats.store import Store
-from localmoe.kernels.base import Kernels
+from localmoe.kernels.base import Kernels, placed_experts
 
 
 class ResidentExperts:
@@ -21,7 +21,9 @@ class ResidentExperts:
     def __init__(self, store: Store, kernels: Kernels) -> None:
         shape = store.shape
         self._layers = [
-            kernels.experts([store.read_expert(ExpertId(layer, expert)) for expert in range(shape.num_experts)])
+            placed_experts(
+                kernels, [store.read_expert(ExpertId(layer, expert)) for expert in range(shape.num_experts)]
+            )
             for layer in range(shape.num_layers)
         ]
 

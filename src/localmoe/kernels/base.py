@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from localmoe.core.model import ModelShape
+from localmoe.core.model import ModelShape, WeightFormat
 from localmoe.formats.packed import PackedMatrix
 from localmoe.formats.store import ExpertWeights
 
@@ -110,8 +110,34 @@ class Router(Protocol):
 
 
 class Experts(Protocol):
+    """The experts of one layer. Those whose weights can be computed with are placed.
+
+    A call computes all at once. Where weights are still on their way, `begin`, `compute` for parts of the experts as
+    they come, and `finish` add up to the same bits; other operations may run in between.
+    """
+
+    def place(self, expert: int, weights: ExpertWeights) -> None:
+        """Compute this expert with these weights from now on; their memory must stay as it is until `remove`."""
+        ...
+
+    def remove(self, expert: int) -> None:
+        """Forget an expert's weights."""
+        ...
+
     def __call__(self, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, x_TD: Tensor) -> None:
         """Add `sum over k of weights[t, k] * expert[ids[t, k]](h[t])` to x in place; ids int32, the rest float32."""
+        ...
+
+    def begin(self, h_TD: Tensor, ids_TK: Tensor) -> None:
+        """Take the inputs, and forget what a step before may have left unfinished."""
+        ...
+
+    def compute(self, experts: Sequence[int]) -> None:
+        """Compute these for all tokens that go to them; each expert at most once."""
+        ...
+
+    def finish(self, weights_TK: Tensor, x_TD: Tensor) -> None:
+        """Add the weighted sum of what was computed to x in place."""
         ...
 
 
@@ -160,8 +186,8 @@ class Kernels(Protocol):
 
     def router(self, weights: RouterWeights) -> Router: ...
 
-    def experts(self, weights: Sequence[ExpertWeights]) -> Experts:
-        """The experts of one layer in order of id."""
+    def experts(self, num_experts: int, hidden_size: int, expert_size: int, weights: WeightFormat) -> Experts:
+        """A layer's experts, none placed yet."""
         ...
 
     def head(self, norm_D: Tensor, weights: PackedMatrix, eps: float) -> Head: ...
@@ -169,6 +195,15 @@ class Kernels(Protocol):
     def draw(self, logits_SV: Tensor, draws: Draws) -> list[int]:
         """A token of each row of float32 logits; -1 where one of them is not a finite number."""
         ...
+
+
+def placed_experts(kernels: Kernels, weights: Sequence[ExpertWeights]) -> Experts:
+    """A layer all of whose experts are in memory, in order of id."""
+    gate = weights[0].gate
+    experts = kernels.experts(len(weights), gate.columns, gate.rows, gate.format)
+    for expert, matrices in enumerate(weights):
+        experts.place(expert, matrices)
+    return experts
 
 
 def rotary_frequencies(shape: ModelShape) -> NDArray[np.float32]:

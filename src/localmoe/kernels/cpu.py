@@ -18,6 +18,7 @@ from torch import Tensor
 
 from localmoe import _cpu
 from localmoe.core.errors import EngineStartError
+from localmoe.core.model import WeightFormat
 from localmoe.formats.packed import PackedMatrix
 from localmoe.formats.store import ExpertWeights
 from localmoe.kernels.base import (
@@ -136,14 +137,8 @@ class CpuKernels:
 
         return route
 
-    def experts(self, weights: Sequence[ExpertWeights]) -> Experts:
-        runtime = self._runtime
-        bound = _cpu.Experts([(_matrix(w.gate), _matrix(w.up), _matrix(w.down)) for w in weights])
-
-        def compute(h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, x_TD: Tensor) -> None:
-            runtime.moe(bound, h_TD.numpy(), ids_TK.numpy(), weights_TK.numpy(), x_TD.numpy())
-
-        return compute
+    def experts(self, num_experts: int, hidden_size: int, expert_size: int, weights: WeightFormat) -> Experts:
+        return _CpuExperts(self._runtime, _cpu.Experts(weights.value, num_experts, hidden_size, expert_size))
 
     def head(self, norm_D: Tensor, weights: PackedMatrix, eps: float) -> Head:
         runtime, norm, matrix = self._runtime, norm_D.numpy(), _matrix(weights)
@@ -171,6 +166,32 @@ class CpuKernels:
     def read(self, data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
         """Read a buffer once with all threads: what bandwidth is measured with."""
         self._runtime.read(data)
+
+
+class _CpuExperts:
+    """A layer's experts, used where their bytes lie."""
+
+    def __init__(self, runtime: _cpu.Runtime, bound: _cpu.Experts) -> None:
+        self._runtime = runtime
+        self._bound = bound
+
+    def place(self, expert: int, weights: ExpertWeights) -> None:
+        self._bound.place(expert, _matrix(weights.gate), _matrix(weights.up), _matrix(weights.down))
+
+    def remove(self, expert: int) -> None:
+        self._bound.remove(expert)
+
+    def __call__(self, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, x_TD: Tensor) -> None:
+        self._runtime.moe(self._bound, h_TD.numpy(), ids_TK.numpy(), weights_TK.numpy(), x_TD.numpy())
+
+    def begin(self, h_TD: Tensor, ids_TK: Tensor) -> None:
+        self._runtime.moe_begin(self._bound, h_TD.numpy(), ids_TK.numpy())
+
+    def compute(self, experts: Sequence[int]) -> None:
+        self._runtime.moe_compute(self._bound, experts)
+
+    def finish(self, weights_TK: Tensor, x_TD: Tensor) -> None:
+        self._runtime.moe_finish(self._bound, weights_TK.numpy(), x_TD.numpy())
 
 
 def _matrix(packed: PackedMatrix) -> _cpu.Matrix:

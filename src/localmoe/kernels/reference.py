@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
+from localmoe.core.model import WeightFormat
 from localmoe.formats.packed import PackedMatrix
 from localmoe.formats.store import ExpertWeights
 from localmoe.kernels.base import (
@@ -76,14 +77,8 @@ class ReferenceKernels:
 
         return route
 
-    def experts(self, weights: Sequence[ExpertWeights]) -> Experts:
-        gate_up_E2FD = torch.stack([torch.cat([w.gate.dequantize(), w.up.dequantize()]) for w in weights])
-        down_EDF = torch.stack([w.down.dequantize() for w in weights])
-
-        def compute(h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, x_TD: Tensor) -> None:
-            x_TD += moe(h_TD, ids_TK, weights_TK, gate_up_E2FD, down_EDF)
-
-        return compute
+    def experts(self, num_experts: int, hidden_size: int, expert_size: int, weights: WeightFormat) -> Experts:
+        return _ReferenceExperts()
 
     def head(self, norm_D: Tensor, weights: PackedMatrix, eps: float) -> Head:
         head_VD = weights.dequantize()
@@ -97,6 +92,40 @@ class ReferenceKernels:
         drawn_S = torch.searchsorted(cumulative_SV, targets_S1, right=True).squeeze(-1)
         token_ids_S = torch.where(torch.from_numpy(draws.temperatures_S) > 0, drawn_S, token_ids_S)
         return torch.where(logits_SV.isfinite().all(-1), token_ids_S, -1).tolist()
+
+
+class _ReferenceExperts:
+    """A layer's experts as float32 matrices."""
+
+    def __init__(self) -> None:
+        self._weights: dict[int, tuple[Tensor, Tensor]] = {}
+        """Of those placed: gate and up [2F, D], down [D, F]."""
+
+    def place(self, expert: int, weights: ExpertWeights) -> None:
+        gate_up_2FD = torch.cat([weights.gate.dequantize(), weights.up.dequantize()])
+        self._weights[expert] = gate_up_2FD, weights.down.dequantize()
+
+    def remove(self, expert: int) -> None:
+        del self._weights[expert]
+
+    def __call__(self, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, x_TD: Tensor) -> None:
+        self.begin(h_TD, ids_TK)
+        self.compute(sorted(set(ids_TK.flatten().tolist())))
+        self.finish(weights_TK, x_TD)
+
+    def begin(self, h_TD: Tensor, ids_TK: Tensor) -> None:
+        self._h_TD, self._ids_TK = h_TD.clone(), ids_TK.clone()
+        self._out_TKD = torch.zeros(*ids_TK.shape, h_TD.shape[1])
+
+    def compute(self, experts: Sequence[int]) -> None:
+        for expert in experts:
+            rows, slots = torch.where(self._ids_TK == expert)
+            self._out_TKD[rows, slots] = swiglu(self._h_TD[rows], *self._weights[expert])
+
+    def finish(self, weights_TK: Tensor, x_TD: Tensor) -> None:
+        # One expert after the other, so that no sum depends on which other tokens are in the batch.
+        for out_TD, weights_T in zip(self._out_TKD.unbind(1), weights_TK.unbind(1), strict=True):
+            x_TD += out_TD * weights_T[:, None]
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -157,19 +186,6 @@ def top_k_softmax(logits_TE: Tensor, k: int, *, normalize: bool) -> tuple[Tensor
     if normalize:
         probabilities_TK /= probabilities_TK.sum(-1, keepdim=True)
     return ids_TK, probabilities_TK
-
-
-def moe(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
-    """Weighted sum of each token's experts, each expert visited once and in ascending order.
-
-    The order of the additions for a token does not depend on which other tokens are in the batch.
-    """
-    out_TD = torch.zeros_like(x_TD)
-    for expert in torch.unique(ids_TK).tolist():
-        rows, slots = torch.where(ids_TK == expert)
-        expert_out = swiglu(x_TD[rows], gate_up_E2FD[expert], down_EDF[expert])
-        out_TD.index_add_(0, rows, expert_out * weights_TK[rows, slots, None])
-    return out_TD
 
 
 def causal_attention(q_THd: Tensor, k_LGd: Tensor, v_LGd: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from localmoe.formats.files import read_json_object
 from localmoe.formats.gguf import GGUFFile
 from localmoe.formats.packed import pack_matrix
 from localmoe.formats.store import ExpertWeights
+from localmoe.kernels.base import placed_experts
 from localmoe.kernels.reference import ReferenceKernels
 from localmoe.models import architecture
 from support.models import paged_logits
@@ -57,7 +58,9 @@ def logits(config: dict[str, object], weights: dict[str, Tensor], token_ids_T: T
         ]
         return ExpertWeights(gate=packed[0], up=packed[1], down=packed[2])
 
-    layers = [kernels.experts([expert(i, e) for e in range(shape.num_experts)]) for i in range(shape.num_layers)]
+    layers = [
+        placed_experts(kernels, [expert(i, e) for e in range(shape.num_experts)]) for i in range(shape.num_layers)
+    ]
     dense = CheckpointDense(weights, names)
     model = decoder(shape, dense, lambda layer, h, ids, shares, x: layers[layer](h, ids, shares, x), kernels)
     return paged_logits(model, token_ids_T.tolist(), len(token_ids_T))
