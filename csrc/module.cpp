@@ -11,6 +11,7 @@
 #include <string>
 
 #include "levels.hpp"
+#include "module_disk.hpp"
 #include "runtime.hpp"
 
 namespace nb = nanobind;
@@ -403,4 +404,5 @@ NB_MODULE(_cpu, m) {
              "top_k"_a.noconvert(), "top_p"_a.noconvert(), "min_p"_a.noconvert(), "uniforms"_a.noconvert(),
              "ids"_a.noconvert())
         .def("read", &BoundRuntime::read, "data"_a.noconvert());
+    bind_disk(m);
 }

@@ -53,3 +53,42 @@ class Runtime:
     def draw(self, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], temperatures: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], top_k: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], top_p: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], min_p: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], uniforms: Annotated[NDArray[numpy.float64], dict(shape=(None,), order='C', device='cpu', writable=False)], ids: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu')]) -> None: ...
 
     def read(self, data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> int: ...
+
+END_OF_FILE: int = -1
+
+class DiskReader:
+    def __init__(self, files: Sequence[int], queue_depth: int, method: str, piece_bytes: int) -> None: ...
+
+    def register_buffers(self, buffers: Sequence[tuple[int, int]]) -> int:
+        """
+        Pins memory, as (address, num_bytes), in place of what was pinned before. Returns 0 or an errno.
+        """
+
+    def submit(self, reads: Sequence[tuple[int, int, int, int, int]]) -> None:
+        """
+        Begins reads: (tag, index of the file, offset, num_bytes, address). Their memory must last.
+        """
+
+    def wait(self, min_completed: int, timeout_s: float) -> list[tuple[int, int]]:
+        """
+        Returns (tag, status) of what has ended since the last call; the status is 0, an errno or
+        END_OF_FILE. Waits until that many have ended, the time is up, or nothing more is under way.
+        """
+
+    def cancel(self, tags: Sequence[int]) -> list[int]:
+        """Drops the reads that have not begun and returns their tags."""
+
+    def close(self) -> None:
+        """Waits for what the kernel is reading."""
+
+    @property
+    def in_flight(self) -> int: ...
+
+    @property
+    def num_reads(self) -> int: ...
+
+    @property
+    def bytes_read(self) -> int: ...
+
+    @property
+    def busy_s(self) -> float: ...

@@ -1,0 +1,1 @@
+"""Arenas and the ways between disk, host and device memory. Moves bytes, decides nothing."""

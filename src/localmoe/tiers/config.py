@@ -1,0 +1,50 @@
+"""Settings of the tiers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskConfig:
+    """How files are read."""
+
+    method: Literal["auto", "io_uring", "threads"] = "auto"
+    """`auto`: io_uring, or threads where the kernel or a container refuses it."""
+    queue_depth: int | None = None
+    """Most pieces with the kernel at a time; None: measured on the file itself when it is opened."""
+    piece_bytes: int = 4 << 20
+    """Reads are cut into pieces of this size; a multiple of 4096. Small pieces cost processor time, and leave
+    the disk idle where nobody collects while computing: `queue_depth` pieces are all that the kernel has to do."""
+    timeout_s: float = 30.0
+    """A disk from which nothing comes for this long is taken for dead."""
+
+    def __post_init__(self) -> None:
+        if self.queue_depth is not None and not 1 <= self.queue_depth <= 1024:
+            raise ValueError(f"queue_depth is {self.queue_depth}; it must be from 1 to 1024")
+        if not 4096 <= self.piece_bytes <= 1 << 30 or self.piece_bytes % 4096:
+            raise ValueError(f"piece_bytes is {self.piece_bytes}; it must be a multiple of 4096, at most 2^30")
+        if self.timeout_s <= 0:
+            raise ValueError(f"timeout_s is {self.timeout_s}; it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiersConfig:
+    """What a model larger than memory may take, and how it is spread."""
+
+    ram_bytes: int | None = None
+    """RAM for everything the engine holds; None: what is available to it, within its control group's limit."""
+    reserve_bytes: int = 128 << 20
+    """Of what is available, left alone for whatever else the process needs."""
+    policy: Literal["adaptive", "lru", "lfu"] = "adaptive"
+    """Which experts to keep: what is worth most by all that was seen, or what was used last, or most often."""
+    prefetch_layers: int = 1
+    """Read ahead, while the disk is idle, what so many of the following layers are expected to use; 0: nothing."""
+    disk: DiskConfig = DiskConfig()
+
+    def __post_init__(self) -> None:
+        if self.ram_bytes is not None and self.ram_bytes <= 0:
+            raise ValueError(f"ram_bytes is {self.ram_bytes}; it must be positive")
+        if self.prefetch_layers < 0:
+            raise ValueError(f"prefetch_layers is {self.prefetch_layers}; it must not be negative")
+        if self.reserve_bytes < 0:
+            raise ValueError(f"reserve_bytes is {self.reserve_bytes}; it must not be negative")
