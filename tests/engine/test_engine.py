@@ -13,7 +13,7 @@ from localmoe.engine.engine import Engine
 from localmoe.engine.load import load_decoder, warm_up
 from localmoe.formats.store import Store
 from localmoe.models.decoder import Decoder
-from support.models import greedy, kernels_under_test, make_engine, run
+from support.models import FakeExperts, greedy, kernels_under_test, make_engine, run
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_numbers_that_are_not_finite_do_not_outlive_their_request(decoder: Decod
     engine = make_engine(decoder, EngineConfig(), num_blocks=2)
     clean = run(engine, [greedy("before", [5] * 20, 4)])["before"]
     experts = decoder.experts
-    decoder.experts = lambda layer, h, ids, weights, x: x.fill_(float("nan"))
+    decoder.experts = FakeExperts(lambda layer, h, ids, weights, x: x.fill_(float("nan")))
     assert all(isinstance(output, RequestFailed) for output in outputs(engine, greedy("bad", [6] * 20, 4)))
     decoder.experts = experts
     assert run(engine, [greedy("after", [5] * 20, 4)])["after"] == clean
@@ -95,7 +95,7 @@ def test_a_step_that_raises_fails_its_requests_and_the_engine_lives(decoder: Dec
         decoder.experts = experts
         raise RuntimeError("out of memory")
 
-    decoder.experts = broken
+    decoder.experts = FakeExperts(broken)
     found = outputs(engine, greedy("unlucky", [5], 2), greedy("next", [5], 2))
     assert found[0] == RequestFailed(request_id="unlucky", message="the engine failed: out of memory")
     assert all(isinstance(output, TokenChunk) for output in found[1:])
@@ -103,7 +103,7 @@ def test_a_step_that_raises_fails_its_requests_and_the_engine_lives(decoder: Dec
 
 
 def test_a_model_that_cannot_compute_does_not_become_ready(decoder: Decoder) -> None:
-    decoder.experts = lambda layer, h, ids, weights, x: x.fill_(float("inf"))
+    decoder.experts = FakeExperts(lambda layer, h, ids, weights, x: x.fill_(float("inf")))
     with pytest.raises(Exception, match="the model cannot compute"):
         warm_up(make_engine(decoder, EngineConfig()))
 

@@ -8,7 +8,7 @@ from localmoe.engine.config import EngineConfig
 from localmoe.engine.load import load_decoder
 from localmoe.formats.store import Store
 from support.checkpoints import load_reference
-from support.models import all_models, greedy, kernels_under_test, make_engine, paged_logits, run
+from support.models import FakeExperts, all_models, greedy, kernels_under_test, make_engine, paged_logits, run
 
 NUM_POSITIONS = 512
 MAX_LOGIT_ERROR = 1e-3
@@ -60,5 +60,7 @@ def test_a_wrong_expert_would_show(tiny_home: Path) -> None:
     token_ids = random_ids(decoder.shape.vocab_size, 64, seed=1)
     before = paged_logits(decoder, token_ids, 64)
     experts = decoder.experts
-    decoder.experts = lambda layer, h, ids, weights, x: experts(layer, h, ids ^ (layer == 1), weights, x)
+    decoder.experts = FakeExperts(
+        lambda layer, h, ids, weights, x: experts(layer, h, ids ^ (layer == 1), weights, x, [])
+    )
     assert (paged_logits(decoder, token_ids, 64) - before).abs().max() > 100 * MAX_LOGIT_ERROR

@@ -1,11 +1,12 @@
 """Which models a parity test runs on, and how to run an engine inside a test."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
+from torch import Tensor
 
 from localmoe.catalog.catalog import DEMO_NAME
 from localmoe.config.settings import load_settings
@@ -30,6 +31,30 @@ all_models = pytest.mark.parametrize(
 def kernels_under_test() -> Kernels:
     """What the environment asks for, as `LOCALMOE_ENGINE__CPU_LEVEL=avx2`; the best of this machine if nothing."""
     return select_kernels(load_settings().engine.cpu_level, 2, pin=False)
+
+
+class FakeExperts:
+    """Experts that do what a function does to (layer, h, ids, weights, x)."""
+
+    def __init__(self, compute: Callable[[int, Tensor, Tensor, Tensor, Tensor], object]) -> None:
+        self._compute = compute
+
+    def begin_step(self, is_prompt_T: Sequence[bool]) -> None:
+        pass
+
+    def state(self) -> None:
+        return None
+
+    def __call__(
+        self,
+        layer: int,
+        h: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        x: Tensor,
+        ahead: Sequence[Callable[[Tensor], Tensor]],
+    ) -> None:
+        self._compute(layer, h, ids, weights, x)
 
 
 def make_engine(decoder: Decoder, config: EngineConfig, num_blocks: int = 400) -> Engine:
@@ -80,6 +105,7 @@ def paged_logits(
             scores_prompt=False,
         )
         placed = place([step], block_tokens, decoder.frequencies)
+        decoder.experts.begin_step([len(chunk) > 1] * len(chunk))
         x_TD = decoder.forward(torch.tensor(chunk, dtype=torch.int32), cache, placed)
         logits.append(decoder.logits(x_TD))
     return torch.cat(logits)

@@ -20,6 +20,7 @@ from torch import Tensor
 from localmoe.bench.machine import READ_BYTES, cpu_name, read_bandwidth_bytes_s
 from localmoe.bench.shapes import BenchModel
 from localmoe.core.errors import ChecksumError, ConfigError, EngineFaultError, EngineStartError
+from localmoe.core.events import TierState
 from localmoe.core.model import ModelShape, WeightFormat
 from localmoe.core.plans import BatchPlan, SequenceStep
 from localmoe.core.protocols import ExpertExecutor
@@ -92,9 +93,23 @@ class RecordingExperts:
         self._experts = experts
         self._ids: list[NDArray[np.int32]] = []
 
-    def __call__(self, layer: int, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, x_TD: Tensor) -> None:
+    def begin_step(self, is_prompt_T: Sequence[bool]) -> None:
+        self._experts.begin_step(is_prompt_T)
+
+    def state(self) -> TierState | None:
+        return self._experts.state()
+
+    def __call__(
+        self,
+        layer: int,
+        h_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        x_TD: Tensor,
+        ahead: Sequence[Callable[[Tensor], Tensor]],
+    ) -> None:
         self._ids.append(ids_TK.numpy())
-        self._experts(layer, h_TD, ids_TK, weights_TK, x_TD)
+        self._experts(layer, h_TD, ids_TK, weights_TK, x_TD, ahead)
 
     def take(self) -> NDArray[np.int32]:
         """Experts [layers, T, K] of the step since the last call."""
@@ -159,7 +174,7 @@ def measure_engine(
     before = read_bandwidth_bytes_s(num_threads, workload.bandwidth_bytes)
     say("reading and checking the store")
     decoder, weights = _load(store_path, kernels, num_threads)
-    bench = _Bench(decoder, kernels, weights, config, workload)
+    bench = StepBench(decoder, kernels, weights, config, workload)
     say(f"prefill of {workload.prompt_tokens} tokens")
     prefill_s = bench.prefill_s(workload.prompt_tokens)
     decoded = {}
@@ -226,7 +241,14 @@ def step_bytes(
     return total_bytes
 
 
-class _Bench:
+def cache_blocks(workload: Workload, block_tokens: int) -> int:
+    """Of the cache that a workload needs."""
+    return max(
+        -(-workload.prompt_tokens // block_tokens), max(workload.streams) * -(-DECODE_STEPS // block_tokens)
+    )
+
+
+class StepBench:
     """A decoder and a cache for the largest of the measurements, which each begin with an empty context."""
 
     def __init__(
@@ -238,7 +260,7 @@ class _Bench:
         self._kv_dtype = "f32" if config.kv_cache_dtype == "f32" else "bf16"
         self._recorder = RecordingExperts(decoder.experts)
         decoder.experts = self._recorder
-        num_blocks = max(self._blocks(workload.prompt_tokens), max(workload.streams) * self._blocks(DECODE_STEPS))
+        self._num_blocks = num_blocks = cache_blocks(workload, config.block_tokens)
         dtype = torch.float32 if self._kv_dtype == "f32" else torch.bfloat16
         cache = KVCache(decoder.shape, num_blocks, config.block_tokens, dtype)
         self._executor = Executor(decoder, cache, kernels)
@@ -246,7 +268,7 @@ class _Bench:
 
     def prefill_s(self, num_tokens: int) -> float:
         """Median time of a prompt alone, after one to warm up."""
-        times_s = [self._step(1, num_tokens, 0, self._blocks(num_tokens))[0] for _ in range(1 + PREFILLS)]
+        times_s = [self.step(1, num_tokens, 0)[0] for _ in range(1 + PREFILLS)]
         return statistics.median(times_s[1:])
 
     def decode(self, num_streams: int) -> Decoded:
@@ -256,7 +278,7 @@ class _Bench:
         for position in range(DECODE_STEPS):
             if len(times_s) >= WARM_STEPS + _FEWEST_STEPS and sum(times_s) > _DECODE_LIMIT_S:
                 break
-            elapsed_s, ids_LTK = self._step(num_streams, 1, position, self._blocks(DECODE_STEPS))
+            elapsed_s, ids_LTK = self.step(num_streams, 1, position)
             times_s.append(elapsed_s)
             steps.append(ids_LTK)
         ids_PLTK = np.stack(steps)
@@ -280,13 +302,9 @@ class _Bench:
             step_bytes=statistics.mean(bytes_P),
         )
 
-    def _blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_tokens)
-
-    def _step(
-        self, num_streams: int, num_tokens: int, start: int, blocks_per_stream: int
-    ) -> tuple[float, NDArray[np.int32]]:
+    def step(self, num_streams: int, num_tokens: int, start: int) -> tuple[float, NDArray[np.int32]]:
         """Seconds of a step in which each stream computes so many random tokens, and its experts [layers, T, K]."""
+        blocks_per_stream = self._num_blocks // num_streams
         ids_ST = self._rng.integers(0, self._shape.vocab_size, (num_streams, num_tokens)).tolist()
         started_s = time.perf_counter()
         sequences = [

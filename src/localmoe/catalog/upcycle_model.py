@@ -1,6 +1,6 @@
 """A dense Llama checkpoint turned into a Mixtral checkpoint that computes the same function."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,24 +75,54 @@ def fit_routers(
     shape = llama.parse_shape(config)
     names = llama.tensor_names(shape)
     windows = calibration.fitting + calibration.held_out
-    num_fitting_tokens = len(calibration.fitting) * WINDOW_TOKENS
-    num_experts, top_k = mixtral["num_local_experts"], mixtral["num_experts_per_tok"]
-    routers: list[FittedRouter] = []
-
-    def experts(layer: int, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, x_TD: Tensor) -> None:
-        fitting_TD, held_out_TD = h_TD[:num_fitting_tokens], h_TD[num_fitting_tokens:]
-        weight_ED = fit_router(fitting_TD, num_experts=num_experts, top_k=top_k, seed=layer)
-        share_E = expert_share(weight_ED, held_out_TD, top_k)
-        routers.append(FittedRouter(weight_ED=weight_ED, held_out_share=share_E.tolist()))
-        on_layer(len(routers), shape.num_layers)
-        gate_FD, up_FD, down_DF = (llama_tensors[name].float() for name in names.experts[ExpertId(layer, 0)])
-        x_TD += linear(silu(linear(h_TD, gate_FD)) * linear(h_TD, up_FD), down_DF)
-
+    experts = _RouterFitting(llama_tensors, names, mixtral, len(calibration.fitting) * WINDOW_TOKENS, on_layer)
     kernels = ReferenceKernels(torch.get_num_threads())
     decoder = llama(shape, CheckpointDense(llama_tensors, names), experts, kernels)
     token_ids_T = torch.tensor(windows, dtype=torch.int32).flatten()
     decoder.forward(token_ids_T, _Cache(shape, len(windows)), _step(decoder.frequencies, len(windows)))
-    return routers
+    return experts.routers
+
+
+class _RouterFitting:
+    """Computes the dense model's one expert, and fits a router to the layer's inputs on the way."""
+
+    def __init__(
+        self,
+        llama_tensors: dict[str, Tensor],
+        names: TensorNames,
+        mixtral: dict[str, Any],
+        num_fitting_tokens: int,
+        on_layer: Callable[[int, int], None],
+    ) -> None:
+        self._tensors, self._names = llama_tensors, names
+        self._num_experts, self._top_k = mixtral["num_local_experts"], mixtral["num_experts_per_tok"]
+        self._num_layers = mixtral["num_hidden_layers"]
+        self._num_fitting_tokens = num_fitting_tokens
+        self._on_layer = on_layer
+        self.routers: list[FittedRouter] = []
+
+    def begin_step(self, is_prompt_T: Sequence[bool]) -> None:
+        pass
+
+    def state(self) -> None:
+        return None
+
+    def __call__(
+        self,
+        layer: int,
+        h_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        x_TD: Tensor,
+        ahead: Sequence[Callable[[Tensor], Tensor]],
+    ) -> None:
+        fitting_TD, held_out_TD = h_TD[: self._num_fitting_tokens], h_TD[self._num_fitting_tokens :]
+        weight_ED = fit_router(fitting_TD, num_experts=self._num_experts, top_k=self._top_k, seed=layer)
+        share_E = expert_share(weight_ED, held_out_TD, self._top_k)
+        self.routers.append(FittedRouter(weight_ED=weight_ED, held_out_share=share_E.tolist()))
+        self._on_layer(len(self.routers), self._num_layers)
+        gate_FD, up_FD, down_DF = (self._tensors[name].float() for name in self._names.experts[ExpertId(layer, 0)])
+        x_TD += linear(silu(linear(h_TD, gate_FD)) * linear(h_TD, up_FD), down_DF)
 
 
 class CheckpointDense:

@@ -1,5 +1,8 @@
 """`localmoe bench`: how fast this machine computes, held against how fast it reads memory."""
 
+import re
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -12,8 +15,10 @@ from localmoe.core.model import WeightFormat
 from localmoe.engine.config import EngineConfig
 
 if TYPE_CHECKING:
+    from localmoe.bench.cache import CacheReport
     from localmoe.bench.engine import EngineReport
     from localmoe.bench.kernels import KernelReport
+    from localmoe.bench.tiers import TiersReport
     from localmoe.kernels.base import Kernels
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine: the engine, or its kernels one by one.")
@@ -86,6 +91,72 @@ def engine(
 
 
 @app.command(
+    epilog="Examples: localmoe bench tiers --ram-bytes 2e9 · localmoe bench tiers --shape qwen3-30b-a3b --json · "
+    "localmoe bench tiers --ram-bytes 2e9 --policy lru --prefetch-layers 0"
+)
+def tiers(
+    shape: Annotated[str, typer.Option(help="As of `localmoe bench engine`.")] = "olmoe-1b-7b",
+    weights: Annotated[
+        Literal["mxfp4", "nvfp4", "int8", "bf16"],
+        typer.Option("--format", help="Format of the experts; a GGUF file's is mxfp4."),
+    ] = "mxfp4",
+    ram_bytes: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="RAM to use, as 2e9; by default the server's setting, or what the machine or control group allows.",
+        ),
+    ] = None,
+    policy: Annotated[
+        Literal["adaptive", "lru", "lfu"] | None,
+        typer.Option(help="Which experts to keep; by default the server's setting."),
+    ] = None,
+    prefetch_layers: Annotated[
+        int | None, typer.Option(min=0, help="How many layers ahead to read; by default the server's setting.")
+    ] = None,
+    queue_depth: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Disk requests under way; by default measured.")
+    ] = None,
+    threads: Threads = None,
+    level: Level = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model that does not fit in memory: experts come from the disk as they are needed.
+
+    Uses the store that `localmoe bench engine` uses, and writes it if it is not there yet. Reads go past the page
+    cache, so that what is measured is the disk.
+    """
+    from localmoe.bench.engine import Workload
+    from localmoe.bench.shapes import find_model
+    from localmoe.bench.tiers import measure_tiers
+    from localmoe.bench.weights import ensure_store
+    from localmoe.hardware.memory import available_memory_bytes
+
+    model = find_model(shape)
+    settings = load_settings()
+    tiers = settings.engine.tiers
+    tiers = replace(
+        tiers,
+        ram_bytes=tiers.ram_bytes if ram_bytes is None else int(ram_bytes),
+        policy=policy or tiers.policy,
+        prefetch_layers=tiers.prefetch_layers if prefetch_layers is None else prefetch_layers,
+        disk=replace(tiers.disk, queue_depth=queue_depth or tiers.disk.queue_depth),
+    )
+    num_threads = _num_threads(threads, settings.engine)
+    config = replace(settings.engine, num_threads=num_threads, tiers=tiers)
+    kernels = _kernels(config, level, num_threads)
+    with progress_bars() as on_progress:
+        path = ensure_store(model, WeightFormat(weights), settings.home, on_progress)
+    workload = Workload(streams=(1,), prompt_tokens=prompt_tokens)
+    report = measure_tiers(model, path, kernels, config, workload, available_memory_bytes(), _say)
+    if as_json:
+        _print_json(report)
+    else:
+        _print_tiers(report)
+
+
+@app.command(
     epilog="Examples: localmoe bench kernels · localmoe bench kernels --threads 1 --level avx2 --json · "
     "localmoe bench kernels --kernels moe --shape qwen3-30b-a3b"
 )
@@ -124,7 +195,36 @@ def kernels(
         _print_kernels(report)
 
 
-def _print_json(report: "EngineReport | KernelReport") -> None:
+@app.command(
+    epilog="Examples: localmoe bench cache --trace a.route.csv.gz · "
+    "localmoe bench cache --trace a.route.csv.gz --budget-fraction 0.2 --json"
+)
+def cache(
+    trace: Annotated[Path, typer.Option(help="A routing trace: CSV, plain or gzip.")],
+    budgets: Annotated[
+        str, typer.Option("--budget-fraction", help="Shares of the model's experts that fit in memory.")
+    ] = "0.05,0.1,0.2,0.35",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each share.")] = False,
+) -> None:
+    """Measure how often decoded tokens find their experts in memory, by how it is chosen which to keep.
+
+    `lru` keeps what was used last, `lfu` what was used most, `ours` what the engine would; `belady` knows the future
+    and is the most that is possible. `gap_closed` is how far from `lru` to `belady` `ours` is.
+    """
+    fractions = _parse_budgets(budgets)
+    from localmoe.bench.cache import measure_cache
+    from localmoe.residency.trace import read_trace
+
+    uses = read_trace(trace)
+    reports = [measure_cache(uses, fraction) for fraction in fractions]
+    if as_json:
+        for report in reports:
+            _print_json(report)
+    else:
+        _print_cache(reports)
+
+
+def _print_json(report: "EngineReport | KernelReport | TiersReport | CacheReport") -> None:
     import msgspec
 
     typer.echo(msgspec.json.encode(report).decode())
@@ -146,6 +246,14 @@ def _parse_kernels(text: str) -> frozenset[str]:
         if name not in KERNELS:
             raise typer.BadParameter(f"{name!r} is none of {', '.join(KERNELS)}", param_hint="--kernels")
     return frozenset(names)
+
+
+def _parse_budgets(text: str) -> list[float]:
+    shares = [share.strip() for share in text.split(",")]
+    if not all(re.fullmatch(r"\d?\.?\d{1,9}", share, re.ASCII) and 0 < float(share) <= 1 for share in shares):
+        message = f"{text!r} is not numbers above 0 and up to 1 with commas between"
+        raise typer.BadParameter(message, param_hint="--budget-fraction")
+    return [float(share) for share in shares]
 
 
 def _say(stage: str) -> None:
@@ -190,6 +298,37 @@ def _print_engine(report: "EngineReport") -> None:
             f"{report.step_bytes[count] / 1e6:.0f}",
             f"{report.read_gb_s[count]:.1f}",
             f"{report.roof_fraction[count]:.0%}",
+        )
+    console.print(table)
+
+
+def _print_tiers(report: "TiersReport") -> None:
+    console = Console()
+    for line in (
+        f"{report.shape}, {report.format}, on {report.machine}: {report.level}, {report.threads} threads, "
+        f"{report.num_slots} of {report.num_experts} experts in memory, policy {report.policy}",
+        f"prefill of {report.prompt_tokens} tokens: {report.prefill_tok_s:.0f} tok/s, "
+        f"the disk at {report.prefill_disk_gb_s:.2f} GB/s",
+        f"decode: {report.decode_tok_s:.2f} tok/s; {report.hit_rate:.0%} of the experts were in memory, "
+        f"{report.missed_bytes_per_token / 1e6:.0f} MB a token were not, and {report.read_bytes_per_token / 1e6:.0f} "
+        f"MB were read",
+        f"a token computes {report.compute_ms:.1f} ms and waits {report.stall_ms:.1f} ms for the disk, which reads "
+        f"{report.disk_gb_s:.2f} GB/s: {report.limit_fraction:.0%} of the limit",
+    ):
+        console.print(line, highlight=False)
+
+
+def _print_cache(reports: "list[CacheReport]") -> None:
+    console = Console()
+    console.print(f"{reports[0].model}: {reports[0].num_uses} uses by decoded tokens", highlight=False)
+    table = Table("budget", "experts", "lru", "lfu", "ours", "belady", "gap closed")
+    for report in reports:
+        rates = (report.lru, report.lfu, report.ours, report.belady)
+        table.add_row(
+            f"{report.budget_fraction:.0%}",
+            str(report.num_slots),
+            *(f"{rate:.1%}" for rate in rates),
+            "" if report.gap_closed is None else f"{report.gap_closed:.0%}",
         )
     console.print(table)
 

@@ -89,5 +89,9 @@ class ChecksumError(StoreError):
     """Bytes in a store do not have the checksum that the header promises."""
 
 
+class TraceError(LocalMoEError):
+    """A routing trace is missing, damaged or not one. The message begins with its path and, within it, the line."""
+
+
 class ModelBuildError(LocalMoEError):
     """Fetching, converting or building a model failed; nothing half-made is left behind."""

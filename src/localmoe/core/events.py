@@ -31,6 +31,34 @@ class RequestFinished:
     e2e_s: float
 
 
+class TierState(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an engine finds experts that are not all in memory: totals since start."""
+
+    num_slots: int
+    """Experts that fit in RAM."""
+    num_present: int
+    """Experts in RAM now."""
+    hits: int
+    """Uses of an expert, in a layer and step, that found it kept from an earlier use."""
+    misses: int
+    """Uses that had it read, ahead or on demand."""
+    evictions: int
+    prefetches: int
+    """Experts read ahead."""
+    prefetches_useful: int
+    """Of them, used by the layer they were read for, and there in time."""
+    prefetches_late: int
+    """Used, but still being read when the layer asked."""
+    prefetches_wasted: int
+    """Not used by the layer they were read for."""
+    stall_s: float
+    """Time in which there was nothing to do but wait for the disk."""
+    disk_reads: int
+    disk_bytes: int
+    disk_busy_s: float
+    """Time in which the disk had something to read."""
+
+
 class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     """One engine's gauges and running totals, as of its last step. A msgspec struct: engines send it as it is."""
 
@@ -48,6 +76,8 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     """Guessed tokens that were run through the model since start (speculative decoding)."""
     num_accepted_tokens: int
     """Those of them that proved right."""
+    tiers: TierState | None = None
+    """None where all experts are in memory."""
 
     @classmethod
     def empty(cls, model: str) -> "EngineState":

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from localmoe.core.model import ExpertId
 from localmoe.core.request import SamplingParams, TokenLogprob
 
 
@@ -59,3 +60,16 @@ class StepResult:
     """For the prompt tokens that follow this chunk's positions, where asked for."""
     fault: str | None = None
     """Why there is no usable result; the request fails with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """One expert to be read into memory."""
+
+    expert: ExpertId
+    slot: int
+    """Of the arena: where to."""
+    evicts: ExpertId | None
+    """Who is in the slot now, and computes no more from here on."""
+    is_prefetch: bool
+    """Read because it is expected to be used, not because it is."""

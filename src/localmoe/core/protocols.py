@@ -1,11 +1,12 @@
 """What one part needs of another that it may not import."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Protocol, TypeVar
 
+from localmoe.core.events import TierState
 from localmoe.core.request import Request, TokenChunk
 
-T_contra = TypeVar("T_contra", contravariant=True)
+T = TypeVar("T")
 
 
 class Generator(Protocol):
@@ -26,16 +27,24 @@ class Generator(Protocol):
         ...
 
 
-class ExpertExecutor(Protocol[T_contra]):
-    """Computes the routed experts of a layer, wherever their weights are."""
+class ExpertExecutor(Protocol[T]):
+    """Computes the routed experts of a model, wherever their weights are."""
+
+    def begin_step(self, is_prompt_T: Sequence[bool]) -> None:
+        """A step begins; says of each of its tokens whether it is one of a prompt."""
+        ...
+
+    def state(self) -> TierState | None:
+        """Where experts were found so far; None where all are in memory."""
+        ...
 
     def __call__(
-        self,
-        layer: int,
-        h_TD: T_contra,
-        ids_TK: T_contra,
-        weights_TK: T_contra,
-        x_TD: T_contra,
+        self, layer: int, h_TD: T, ids_TK: T, weights_TK: T, x_TD: T, ahead: Sequence[Callable[[T], T]]
     ) -> None:
-        """Add `sum over k of weights[t, k] * expert[ids[t, k]](h[t])` to x in place; ids int32, the rest float32."""
+        """Add `sum over k of weights[t, k] * expert[ids[t, k]](h[t])` to x in place; ids int32, the rest float32.
+
+        Args:
+            ahead: one for each layer that follows: makes of x, as it is given, the ids [T, K] that the layer would
+                choose for it. Of the next layer they are mostly right, of later ones less and less.
+        """
         ...

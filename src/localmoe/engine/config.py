@@ -1,10 +1,11 @@
 """Settings of the native engine."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from localmoe.core.errors import EngineStartError
 from localmoe.core.model import ModelShape, WeightFormat
+from localmoe.tiers.config import TiersConfig
 
 _TYPICAL_TOKENS_PER_SEQUENCE = 2048
 """What an automatic cache sets aside for each sequence that may run at once."""
@@ -35,20 +36,36 @@ class EngineConfig:
     max_context_tokens: int | None = None
     """Longest sequence, prompt and answer together; None, or more than that: what the model was made for."""
     kv_cache_bytes: int | None = None
-    """Keys and values of all sequences together; None: a quarter of the free memory, within reason."""
+    """Keys and values of all sequences together; None: `kv_cache_share` of the free memory, within reason."""
+    kv_cache_share: float = 0.25
+    """Of the free memory, at most this much for an automatic `kv_cache_bytes`; above 0, at most 1. What the cache
+    does not take is there for experts."""
     kv_cache_dtype: Literal["auto", "bf16", "f32"] = "auto"
     """`auto`: f32 for a model stored in f32, else bf16."""
     prefix_caching: bool = True
     """Reuse the keys and values of prompts that begin alike."""
     speculation: bool = True
     """Guess tokens by prompt lookup and check several in one step, where measurements say that it pays."""
+    expert_threshold: float = 0.0
+    """Lossy: answers change. A token skips those of its chosen experts whose share of the chosen experts' router
+    weights is below this, but never its first; from 0, which skips none, to 1."""
+    adaptive_expert_threshold: bool = False
+    """Lossy, and answers then depend on timing, so that not even a seed repeats them: while steps wait for the disk,
+    raise the threshold, at most to half of an even share. See `engine/expert_threshold.py`."""
+    tiers: TiersConfig = field(default_factory=TiersConfig)
     hang_timeout_s: float = 120.0
     """An engine that has requests but finishes no step for this long is taken for hung, killed and replaced."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
+            if name == "expert_threshold" or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if not value > 0:
                 raise ValueError(f"{name} is {value}; it must be positive")
+        if not 0 <= self.expert_threshold <= 1:
+            raise ValueError(f"expert_threshold is {self.expert_threshold}; it must be from 0 to 1")
+        if self.kv_cache_share > 1:
+            raise ValueError(f"kv_cache_share is {self.kv_cache_share}; it must be at most 1")
         if self.block_tokens % _LANES:
             raise ValueError(f"block_tokens is {self.block_tokens}; it must be a multiple of {_LANES}")
 
@@ -76,7 +93,7 @@ class EngineConfig:
                     f"sequence of {context_tokens} tokens needs {least_bytes}; lower max_context_tokens"
                 )
             useful_bytes = self.max_num_seqs * _TYPICAL_TOKENS_PER_SEQUENCE // self.block_tokens * block_bytes
-            cache_bytes = max(least_bytes, min(useful_bytes, free_bytes // 4))
+            cache_bytes = max(least_bytes, min(useful_bytes, int(free_bytes * self.kv_cache_share)))
         elif cache_bytes < least_bytes:
             raise EngineStartError(
                 f"kv_cache_bytes is {cache_bytes}, but one sequence of "

@@ -103,4 +103,5 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             num_draft_tokens=scheduler.num_draft_tokens,
             num_accepted_tokens=scheduler.num_accepted_tokens,
+            tiers=self._executor.tier_state(),
         )

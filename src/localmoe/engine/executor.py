@@ -6,6 +6,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from localmoe.core.events import TierState
 from localmoe.core.plans import BatchPlan, SequenceStep, StepResult
 from localmoe.core.request import TokenLogprob
 from localmoe.engine.kv_cache import KVCache, place
@@ -35,6 +36,9 @@ class Executor:
         steps = list(plan.sequences)
         token_ids_T = torch.tensor([token for step in steps for token in step.token_ids], dtype=torch.int32)
         placed = place(steps, self._cache.block_tokens, self._decoder.frequencies)
+        self._decoder.experts.begin_step(
+            [len(step.token_ids) > step.num_drafts + 1 for step in steps for _ in step.token_ids]
+        )
         hidden_TD = self._decoder.forward(token_ids_T, self._cache, placed)
 
         ends = list(accumulate(len(step.token_ids) for step in steps))
@@ -44,6 +48,9 @@ class Executor:
                 scores = self._score_prompt(step, hidden_TD[end - len(step.token_ids) : end])
                 results[i] = replace(results[i], prompt_logprobs=scores)
         return {step.sequence_id: result for step, result in zip(steps, results, strict=True)}
+
+    def tier_state(self) -> TierState | None:
+        return self._decoder.experts.state()
 
     def _sample(self, steps: list[SequenceStep], ends: list[int], hidden_TD: Tensor) -> list[StepResult]:
         due = [i for i, step in enumerate(steps) if step.samples]

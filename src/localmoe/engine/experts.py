@@ -1,31 +1,51 @@
 """Computes routed experts whose weights are all in memory."""
 
+from collections.abc import Callable, Sequence
+from typing import Self
+
 from torch import Tensor
 
 from localmoe.core.model import ExpertId
 from localmoe.formats.store import Store
-from localmoe.kernels.base import Kernels, placed_experts
+from localmoe.kernels.base import Experts, Kernels, placed_experts
 
 
 class ResidentExperts:
-    """Every expert of a store, used where the store's file is mapped.
+    """Every expert of every layer, all placed."""
 
-    Args:
-        store: each blob's checksum is verified at its first read.
-        kernels: what computes.
+    def __init__(self, layers: Sequence[Experts]) -> None:
+        self._layers = layers
 
-    Raises:
-        StoreError: a blob is damaged or cannot be read.
-    """
+    @classmethod
+    def mapped(cls, store: Store, kernels: Kernels) -> Self:
+        """Those of a store, used where its file is mapped.
 
-    def __init__(self, store: Store, kernels: Kernels) -> None:
+        Raises:
+            StoreError: a blob is damaged or cannot be read.
+        """
         shape = store.shape
-        self._layers = [
-            placed_experts(
-                kernels, [store.read_expert(ExpertId(layer, expert)) for expert in range(shape.num_experts)]
-            )
-            for layer in range(shape.num_layers)
-        ]
+        return cls(
+            [
+                placed_experts(
+                    kernels, [store.read_expert(ExpertId(layer, expert)) for expert in range(shape.num_experts)]
+                )
+                for layer in range(shape.num_layers)
+            ]
+        )
 
-    def __call__(self, layer: int, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, x_TD: Tensor) -> None:
+    def begin_step(self, is_prompt_T: Sequence[bool]) -> None:
+        pass  # nothing moves
+
+    def state(self) -> None:
+        return None
+
+    def __call__(
+        self,
+        layer: int,
+        h_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        x_TD: Tensor,
+        ahead: Sequence[Callable[[Tensor], Tensor]],
+    ) -> None:
         self._layers[layer](h_TD, ids_TK, weights_TK, x_TD)

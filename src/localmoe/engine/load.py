@@ -4,19 +4,35 @@ import logging
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from localmoe.core.errors import EngineStartError
+from localmoe.core.model import ExpertId
+from localmoe.core.protocols import ExpertExecutor
 from localmoe.core.request import Request, RequestFailed, SamplingParams
-from localmoe.engine.config import EngineConfig, num_weights
+from localmoe.engine.budget import MemoryPlan, plan_memory
+from localmoe.engine.config import EngineConfig
+from localmoe.engine.dense import LoadedDense
 from localmoe.engine.engine import Engine
+from localmoe.engine.expert_threshold import with_threshold
 from localmoe.engine.experts import ResidentExperts
+from localmoe.engine.tiered_experts import TieredExperts
 from localmoe.formats.store import Store
-from localmoe.kernels.base import Kernels
+from localmoe.kernels.base import DenseWeights, Kernels
 from localmoe.kernels.select import select_kernels
 from localmoe.models import architecture
 from localmoe.models.decoder import Decoder
+from localmoe.residency.manager import ResidencyManager
+from localmoe.residency.policy import retention_policy
+from localmoe.tiers.config import TiersConfig
+from localmoe.tiers.disk import DiskReader
+from localmoe.tiers.host import HostArena
 
 logger = logging.getLogger(__name__)
+
+_BYTES_UNDER_WAY = 32 << 20
+"""Reads of so much keep any disk busy while a few experts are computed."""
+_LEAST_READS = 8
 
 
 def load_engine(model: str, store_path: Path, config: EngineConfig, available_memory_bytes: int) -> Engine:
@@ -37,18 +53,56 @@ def load_engine(model: str, store_path: Path, config: EngineConfig, available_me
     torch.set_num_threads(1)
     kernels = select_kernels(config.cpu_level, num_threads, pin=config.pin_threads)
     with Store.open(store_path) as store:
-        needed_bytes = kernels.memory_bytes(store.total_bytes, num_weights(store.shape))
-        config = config.resolve(store.shape, store.weights, available_memory_bytes - needed_bytes)
-        store.check(num_threads)
-        decoder = load_decoder(store, kernels)
+        config = config.resolve(store.shape, store.weights, available_memory_bytes)
+        plan = plan_memory(store, kernels, config, available_memory_bytes)
+        if plan.num_slots is None:
+            store.check(num_threads)
+            decoder = load_decoder(store, kernels)
+        else:
+            decoder = load_tiered(store, kernels, plan, config.tiers)
+        decoder.experts = with_threshold(decoder.experts, config, store.shape)
     logger.info("%s computes with %s", model, kernels.name)
     return Engine(model, decoder, kernels, config)
 
 
 def load_decoder(store: Store, kernels: Kernels) -> Decoder:
-    """The model of a store with all its weights in memory. Raises StoreError."""
-    decoder = architecture({"model_type": store.shape.model_type})
-    return decoder(store.shape, store, ResidentExperts(store, kernels), kernels)
+    """The model of a store, used where its file is mapped. Raises StoreError."""
+    return _decoder(store, store, ResidentExperts.mapped(store, kernels), kernels)
+
+
+def load_tiered(store: Store, kernels: Kernels, plan: MemoryPlan, config: TiersConfig) -> Decoder:
+    """The model of a store, its dense weights in memory and as many experts as the plan says; nothing is mapped.
+
+    Raises:
+        StoreError: the dense weights are damaged or cannot be read.
+        EngineStartError: the memory is not to be had.
+    """
+    assert plan.num_slots is not None
+    with DiskReader[str].open([store.path], config.disk) as dense_reader:
+        dense = LoadedDense(store, dense_reader, plan.budget_bytes)
+    arena = HostArena(store.blob_bytes, plan.num_slots, available_memory_bytes=plan.budget_bytes)
+    manager = ResidencyManager(
+        num_layers=store.shape.num_layers,
+        num_experts=store.shape.num_experts,
+        num_slots=plan.num_slots,
+        most_reads=max(_LEAST_READS, -(-_BYTES_UNDER_WAY // store.blob_bytes)),
+        policy=retention_policy(config.policy, store.shape.num_layers, store.shape.num_experts),
+    )
+    reader = DiskReader[ExpertId].open([store.path], config.disk)
+    reader.register(arena.memory)
+    experts = TieredExperts(
+        store,
+        kernels,
+        reader=reader,
+        arena=arena,
+        manager=manager,
+        prefetch_layers=config.prefetch_layers,
+    )
+    return _decoder(store, dense, experts, kernels)
+
+
+def _decoder(store: Store, dense: DenseWeights, experts: ExpertExecutor[Tensor], kernels: Kernels) -> Decoder:
+    return architecture({"model_type": store.shape.model_type})(store.shape, dense, experts, kernels)
 
 
 def warm_up(engine: Engine) -> None:

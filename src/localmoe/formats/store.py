@@ -123,7 +123,7 @@ class Store:
             ChecksumError: its bytes are damaged.
         """
         entry = self._dense_entry(name, num_dims=2)
-        return _matrix(self._checked(entry), dense_layout(entry))
+        return matrix_in(self._checked(entry), entry)
 
     def dense_vector(self, name: str) -> torch.Tensor:
         """One norm's weights, float32 [n]: a view of the file.
@@ -133,7 +133,7 @@ class Store:
             ChecksumError: its bytes are damaged.
         """
         entry = self._dense_entry(name, num_dims=1)
-        return self._checked(entry).view(torch.float32)[: entry.shape[0]]
+        return vector_in(self._checked(entry), entry)
 
     def read_expert(self, expert_id: ExpertId) -> ExpertWeights:
         """One expert, as stored: views of the file.
@@ -142,10 +142,27 @@ class Store:
             StoreError: no such expert, or the file cannot be read any more.
             ChecksumError: its bytes are damaged.
         """
+        entry = self.expert_entry(expert_id)
+        return self.expert_in(self._checked(entry), entry)
+
+    @property
+    def dense_entries(self) -> list[DenseEntry]:
+        """Where the dense tensors lie, for those who read them themselves."""
+        return list(self._dense.values())
+
+    @property
+    def blob_bytes(self) -> int:
+        """Size of every expert's extent."""
+        return self._layout.num_bytes
+
+    def expert_entry(self, expert_id: ExpertId) -> ExpertEntry:
+        """Where an expert lies, for those who read it themselves. Raises StoreError if there is none."""
         if expert_id not in self._experts:
             raise StoreError(f"{self.path}: has no layer {expert_id.layer} expert {expert_id.expert}")
-        entry = self._experts[expert_id]
-        blob = self._checked(entry)
+        return self._experts[expert_id]
+
+    def expert_in(self, blob: torch.Tensor, entry: ExpertEntry) -> ExpertWeights:
+        """The matrices of an expert whose extent was read into `blob`: views of it."""
         gate_scale, up_scale, down_scale = entry.tensor_scales or (1.0, 1.0, 1.0)
         return ExpertWeights(
             gate=_matrix(blob, self._layout.gate, gate_scale),
@@ -210,12 +227,11 @@ class Store:
         return self._bytes(entry.offset, entry.num_bytes)
 
     def _find_damage(self, entry: DenseEntry | ExpertEntry) -> str | None:
-        # Large buffers are hashed, and pages made present, without Python's global lock: threads run side by side.
-        found = xxhash.xxh3_64_hexdigest(self._present(entry.offset, entry.num_bytes).numpy().data)
-        if found != entry.xxh3:
-            return _damage(entry, found)
-        self._verified_offsets.add(entry.offset)
-        return None
+        # Pages are made present without Python's global lock: threads run side by side.
+        damage = find_damage(self._present(entry.offset, entry.num_bytes), entry)
+        if damage is None:
+            self._verified_offsets.add(entry.offset)
+        return damage
 
     def _bytes(self, offset: int, num_bytes: int) -> torch.Tensor:
         if self._content is None:
@@ -239,6 +255,22 @@ class Store:
         except OSError as error:
             raise StoreError(f"{self.path}: reading at byte {offset} failed: {error.strerror}") from error
         return content
+
+
+def find_damage(content: torch.Tensor, entry: DenseEntry | ExpertEntry) -> str | None:
+    """What is wrong with the bytes of an extent, if anything. Large ones are hashed without Python's global lock."""
+    found = xxhash.xxh3_64_hexdigest(content.numpy().data)
+    return None if found == entry.xxh3 else _damage(entry, found)
+
+
+def matrix_in(content: torch.Tensor, entry: DenseEntry) -> PackedMatrix:
+    """The dense matrix whose extent was read into `content`: a view of it."""
+    return _matrix(content, dense_layout(entry))
+
+
+def vector_in(content: torch.Tensor, entry: DenseEntry) -> torch.Tensor:
+    """The same of a vector, float32 [n]."""
+    return content.view(torch.float32)[: entry.shape[0]]
 
 
 def _read_header(path: Path, file: FileIO) -> StoreHeader:

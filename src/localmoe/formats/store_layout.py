@@ -135,7 +135,12 @@ class BlobLayout:
 
 def blob_layout(shape: ModelShape, weights: WeightFormat) -> BlobLayout:
     """Where each matrix of an expert lies in its blob."""
-    F, D = shape.expert_size, shape.hidden_size
+    return expert_layout(shape.hidden_size, shape.expert_size, weights)
+
+
+def expert_layout(hidden_size: int, expert_size: int, weights: WeightFormat) -> BlobLayout:
+    """The same of an expert of these sizes."""
+    F, D = expert_size, hidden_size
     (gate, up, down), num_bytes = _lay_out(weights, [(F, D), (F, D), (D, F)])
     return BlobLayout(gate=gate, up=up, down=down, num_bytes=num_bytes)
 

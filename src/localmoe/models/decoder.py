@@ -51,6 +51,11 @@ class Layer:
             )
         )
 
+    def choose(self, x_TD: Tensor) -> Tensor:
+        """The experts [T, K] that the router would choose, likeliest first; int32."""
+        _, ids_TK, _ = self.router(x_TD)
+        return ids_TK
+
 
 class Decoder(ABC):
     """Token ids to logits, given something that computes experts.
@@ -70,6 +75,7 @@ class Decoder(ABC):
         self.frequencies = rotary_frequencies(shape)
         self.embedding = kernels.embedding(dense.dense_matrix("embed"))
         self.layers = [Layer(shape, dense, index, kernels) for index in range(shape.num_layers)]
+        self._choices = [layer.choose for layer in self.layers]
         self.head = kernels.head(
             dense.dense_vector("final_norm"),
             dense.dense_matrix("embed" if shape.tie_embeddings else "head"),
@@ -92,7 +98,7 @@ class Decoder(ABC):
         for index, layer in enumerate(self.layers):
             layer.attention(x_TD, cache.keys[index], cache.values[index], step)
             h_TD, ids_TK, weights_TK = layer.router(x_TD)
-            self.experts(index, h_TD, ids_TK, weights_TK, x_TD)
+            self.experts(index, h_TD, ids_TK, weights_TK, x_TD, self._choices[index + 1 :])
         return x_TD
 
     def logits(self, x_SD: Tensor) -> Tensor:

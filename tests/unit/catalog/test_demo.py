@@ -17,6 +17,7 @@ from localmoe.catalog.gguf_llama import llama_config, llama_tensors
 from localmoe.catalog.upcycle_model import CheckpointDense
 from localmoe.core.errors import ModelBuildError
 from localmoe.core.model import ExpertId, TensorNames, WeightFormat
+from localmoe.engine.experts import ResidentExperts
 from localmoe.formats.checkpoint import Checkpoint
 from localmoe.formats.files import read_json_object
 from localmoe.formats.gguf import GGUFFile
@@ -62,7 +63,7 @@ def logits(config: dict[str, object], weights: dict[str, Tensor], token_ids_T: T
         placed_experts(kernels, [expert(i, e) for e in range(shape.num_experts)]) for i in range(shape.num_layers)
     ]
     dense = CheckpointDense(weights, names)
-    model = decoder(shape, dense, lambda layer, h, ids, shares, x: layers[layer](h, ids, shares, x), kernels)
+    model = decoder(shape, dense, ResidentExperts(layers), kernels)
     return paged_logits(model, token_ids_T.tolist(), len(token_ids_T))
 
 

@@ -1,0 +1,108 @@
+"""How an engine spends its memory."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from localmoe.core.errors import EngineStartError
+from localmoe.core.model import ModelShape
+from localmoe.engine.config import EngineConfig, num_weights
+from localmoe.formats.store_layout import DenseEntry
+from localmoe.kernels.base import Kernels
+from localmoe.tiers.host import stride_bytes
+
+logger = logging.getLogger(__name__)
+
+
+class StoreSizes(Protocol):
+    """What of a store a plan needs to know; the store itself need not exist yet."""
+
+    @property
+    def shape(self) -> ModelShape: ...
+
+    @property
+    def blob_bytes(self) -> int: ...
+
+    @property
+    def total_bytes(self) -> int: ...
+
+    @property
+    def dense_entries(self) -> Sequence[DenseEntry]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Shares of the RAM budget, in bytes; what is left over is less than one expert."""
+
+    budget_bytes: int
+    """The reserve is already taken off."""
+    kv_cache_bytes: int
+    workspace_bytes: int
+    """What a step computes in."""
+    dense_bytes: int
+    """Weights that every token uses."""
+    num_slots: int | None
+    """Experts that fit beside all this; None: the whole store does, and is used where it is mapped."""
+    slot_bytes: int
+
+    def __str__(self) -> str:
+        experts = "all experts" if self.num_slots is None else f"{self.num_slots} experts"
+        return (
+            f"{_mib(self.budget_bytes)} of memory: keys and values {_mib(self.kv_cache_bytes)}, workspace "
+            f"{_mib(self.workspace_bytes)}, dense weights {_mib(self.dense_bytes)}, {experts} of "
+            f"{_mib(self.slot_bytes)}"
+        )
+
+
+def plan_memory(store: StoreSizes, kernels: Kernels, config: EngineConfig, available_bytes: int) -> MemoryPlan:
+    """Divide the budget.
+
+    Args:
+        config: with its `kv_cache_bytes`.
+        available_bytes: beside what the process has already taken.
+
+    Raises:
+        EngineStartError: not even one layer's choice of experts fits.
+    """
+    shape, tiers = store.shape, config.tiers
+    assert config.kv_cache_bytes is not None, "resolved"
+    budget_bytes = min(available_bytes, tiers.ram_bytes or available_bytes) - tiers.reserve_bytes
+    workspace = workspace_bytes(shape, config.max_num_batched_tokens, config.max_num_seqs)
+    dense_bytes = sum(entry.num_bytes for entry in store.dense_entries)
+    slot_bytes = stride_bytes(store.blob_bytes)
+    num_experts = shape.num_layers * shape.num_experts
+    left_bytes = budget_bytes - config.kv_cache_bytes - workspace
+    num_slots: int | None = None
+    if kernels.memory_bytes(store.total_bytes, num_weights(shape)) > left_bytes:
+        num_slots = min((left_bytes - dense_bytes) // slot_bytes, num_experts)
+        if num_slots < shape.top_k:
+            raise EngineStartError(
+                f"not enough memory: {_mib(budget_bytes)} are to be used; keys and values take "
+                f"{_mib(config.kv_cache_bytes)}, workspace {_mib(workspace)}, dense weights {_mib(dense_bytes)}, and "
+                f"a token's {shape.top_k} experts {_mib(shape.top_k * slot_bytes)}; lower max_context_tokens, "
+                f"kv_cache_bytes or max_num_batched_tokens, or choose a smaller format"
+            )
+    plan = MemoryPlan(
+        budget_bytes=budget_bytes,
+        kv_cache_bytes=config.kv_cache_bytes,
+        workspace_bytes=workspace,
+        dense_bytes=dense_bytes,
+        num_slots=num_slots,
+        slot_bytes=slot_bytes,
+    )
+    logger.info("%s", plan)
+    return plan
+
+
+def workspace_bytes(shape: ModelShape, num_tokens: int, num_seqs: int) -> int:
+    """What the largest step computes in: activations of so many tokens, and logits of so many sequences."""
+    D, F, K = shape.hidden_size, shape.expert_size, shape.top_k
+    projected = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    # Inputs in int8 and float32; of each chosen expert inputs, hidden and outputs; queries, keys, values, attended.
+    per_token = 4 * (4 * D + K * (D // 2 + 2 * F + D) + projected) + 4 * shape.num_experts
+    return num_tokens * per_token + 2 * 4 * num_seqs * shape.vocab_size
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.0f} MiB"

@@ -1,0 +1,210 @@
+"""Computes routed experts of which only some are in memory: the others are read while these are computed.
+
+One thread does it all. Asking the disk costs microseconds, waiting for it lets go of Python's lock, and the reads go
+on in the kernel while the compute threads work. In a layer:
+
+    need       the manager says which experts are present; reads of the absent ones begin at once, in one submission
+    expect     the next layer's router looks at this layer's input; what it would choose and is absent is read after
+               those, as far as the disk would otherwise be idle
+    compute    what is present, then whatever has arrived, until nothing is awaited
+
+A blob is placed when its read begins, and computed with only after it has arrived and its checksum was right. The
+expert that it replaces is removed before. The sum over a token's experts is made at the end, in order of its choices,
+so results do not depend on who was where.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import numpy as np
+from torch import Tensor
+
+from localmoe.core.errors import ChecksumError, StoreError
+from localmoe.core.events import TierState
+from localmoe.core.model import ExpertId
+from localmoe.formats.store import Store, find_damage
+from localmoe.kernels.base import Kernels
+from localmoe.residency.link import IdleLink
+from localmoe.residency.manager import ResidencyManager, distinct
+from localmoe.tiers.disk import DiskReader, Done, Read
+from localmoe.tiers.host import HostArena
+
+logger = logging.getLogger(__name__)
+
+_EXPERTS_AT_ONCE = 4
+"""So many are computed before arrivals are looked at, that the disk does not run dry meanwhile."""
+
+
+class TieredExperts:
+    """Experts of a store that are read into an arena as they are needed.
+
+    Args:
+        store: says where each expert lies; its mapping is not touched.
+        reader: of the store's file.
+        arena: its slots are the manager's.
+        prefetch_layers: read ahead what so many of the following layers are expected to use.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        kernels: Kernels,
+        *,
+        reader: DiskReader[ExpertId],
+        arena: HostArena,
+        manager: ResidencyManager,
+        prefetch_layers: int,
+    ) -> None:
+        shape = store.shape
+        self._store = store
+        self._reader = reader
+        self._arena = arena
+        self._manager = manager
+        self._prefetch_layers = prefetch_layers
+        self._num_experts = shape.num_experts
+        self._layers = [
+            kernels.experts(shape.num_experts, shape.hidden_size, shape.expert_size, store.weights)
+            for _ in range(shape.num_layers)
+        ]
+        self._entries = {
+            expert: store.expert_entry(expert)
+            for expert in (
+                ExpertId(layer, e) for layer in range(shape.num_layers) for e in range(shape.num_experts)
+            )
+        }
+        self._link = IdleLink()
+        self._is_prompt_T = np.zeros(0, np.bool_)
+        self._layer_ended_s = 0.0
+        self._stall_s = 0.0
+
+    def shrink(self, num_slots: int) -> None:
+        """Give up slots from the end, and the memory of the slots given up; between two steps."""
+        while self._reader.stats().in_flight:
+            self._collect(layer=-1, wait=True)
+        for expert in self._manager.shrink(num_slots):
+            self._layers[expert.layer].remove(expert.expert)
+        self._arena.shrink(num_slots)
+        self._reader.register(self._arena.memory[: num_slots * self._arena.stride_bytes])
+
+    def state(self) -> TierState:
+        """Totals as of now."""
+        disk = self._reader.stats()
+        return TierState(
+            num_slots=self._manager.num_slots,
+            num_present=self._manager.num_present,
+            **asdict(self._manager.counters),
+            stall_s=self._stall_s,
+            disk_bytes=disk.bytes_read,
+            disk_reads=disk.num_reads,
+            disk_busy_s=disk.busy_s,
+        )
+
+    def begin_step(self, is_prompt_T: Sequence[bool]) -> None:
+        self._is_prompt_T = np.array(is_prompt_T, np.bool_)
+        self._layer_ended_s = time.perf_counter()
+
+    def __call__(
+        self,
+        layer: int,
+        h_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        x_TD: Tensor,
+        ahead: Sequence[Callable[[Tensor], Tensor]],
+    ) -> None:
+        """Raises StoreError where an expert that is used cannot be read, or is damaged."""
+        stalled_s = self._stall_s
+        try:
+            self._compute(layer, h_TD, ids_TK, weights_TK, x_TD, ahead)
+        except BaseException:
+            self._manager.abandon()
+            raise
+        now_s = time.perf_counter()
+        elapsed_s, self._layer_ended_s = now_s - self._layer_ended_s, now_s
+        disk = self._reader.stats()
+        self._link.observe(elapsed_s - (self._stall_s - stalled_s), disk.busy_s, disk.num_reads)
+
+    def _compute(
+        self,
+        layer: int,
+        h_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        x_TD: Tensor,
+        ahead: Sequence[Callable[[Tensor], Tensor]],
+    ) -> None:
+        experts, manager = self._layers[layer], self._manager
+        is_prompt_T, used_TK = self._is_prompt_T, ids_TK.numpy()
+        ready, awaited = manager.need(layer, used_TK[is_prompt_T], used_TK[~is_prompt_T])
+        self._move()
+        experts.begin(h_TD, ids_TK)
+        for distance, choose in enumerate(ahead[: self._prefetch_layers], 1):
+            manager.expect(layer + distance, distinct(choose(x_TD).numpy()))
+        self._move()
+        waiting = set(awaited)
+        while ready or waiting:
+            if ready:
+                part, ready = ready[:_EXPERTS_AT_ONCE], ready[_EXPERTS_AT_ONCE:]
+                experts.compute(part)
+                manager.release(layer, part)
+            arrived = self._collect(layer, wait=not ready)
+            ready += [expert for expert in arrived if expert in waiting]
+            waiting.difference_update(arrived)
+            self._move()
+        experts.finish(weights_TK, x_TD)
+
+    def _move(self) -> None:
+        """Begin the reads that the manager wants now."""
+        if unwanted := self._manager.take_unwanted():
+            for expert in self._reader.cancel(unwanted):
+                self._give_up(expert)
+        reads = []
+        for load in self._manager.plan(self._link.most_reads_ahead):
+            if load.evicts is not None:
+                self._layers[load.evicts.layer].remove(load.evicts.expert)
+            entry, slot = self._entries[load.expert], self._arena.slot(load.slot)
+            self._layers[load.expert.layer].place(load.expert.expert, self._store.expert_in(slot, entry))
+            reads.append(Read(key=load.expert, offset=entry.offset, num_bytes=entry.num_bytes, buffer=slot))
+        if reads:
+            self._reader.submit(reads)
+
+    def _collect(self, layer: int, *, wait: bool) -> list[int]:
+        """Take what has been read, and say which of this layer's experts are among it.
+
+        Raises:
+            StoreError: one that the layer uses could not be read.
+            ChecksumError: or is damaged.
+        """
+        started_s = time.perf_counter()
+        ended = self._reader.collect(wait)
+        if wait:
+            self._stall_s += time.perf_counter() - started_s
+        arrived, failures = [], []
+        for read in ended:
+            failure = self._failure(read)
+            if failure is None:
+                self._manager.arrived(read.key)
+                if read.key.layer == layer:
+                    arrived.append(read.key.expert)
+                continue
+            logger.error("%s", failure)
+            # One that is not used, yet or any more, may be asked for again, and fail then.
+            if self._manager.is_used(read.key):
+                failures.append(failure)
+            self._give_up(read.key)
+        if failures:
+            raise failures[0]
+        return arrived
+
+    def _failure(self, read: Done[ExpertId]) -> StoreError | None:
+        if read.error is not None:
+            return StoreError(read.error)
+        damage = find_damage(read.buffer, self._entries[read.key])
+        return None if damage is None else ChecksumError(f"{self._store.path}: {damage}")
+
+    def _give_up(self, expert: ExpertId) -> None:
+        """A read came to nothing."""
+        self._layers[expert.layer].remove(expert.expert)
+        self._manager.dropped(expert)

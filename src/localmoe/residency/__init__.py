@@ -1,0 +1,1 @@
+"""Which experts are in memory. Decides, moves nothing."""

@@ -1,0 +1,283 @@
+"""Decides which experts are in memory: what to read next, and what to give up for it. Moves nothing itself.
+
+An expert is absent, being read, or present in one slot of the arena. The caller goes through the layers of a step:
+
+    need       these experts are used now; says which of them can be computed at once
+    expect     those of a following layer, as far as its router can tell ahead
+    take_unwanted, plan    what to read no more, and what to read now into which slots
+    arrived, dropped    how a read ended
+    release    these have been computed
+
+What is used now is pinned until it is released, what is expected until its layer has been. All other present experts
+may be evicted, the one of the lowest value first, and only when a slot is needed: so an expert that is not worth
+keeping is read, used, and next to go, which is all that admission has to do. That holds for a prompt, too: since only
+so many reads are under way at once, its experts run through so many slots while the rest stays.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from localmoe.core.model import ExpertId
+from localmoe.core.plans import Load
+from localmoe.residency.policy import RetentionPolicy
+
+_ABSENT, _READING, _PRESENT = 0, 1, 2
+_FREE, _EXPECTED, _USED = 0, 1, 2
+
+
+@dataclass(kw_only=True)
+class ResidencyCounters:
+    """Running totals since start; each counts experts."""
+
+    hits: int = 0
+    """Used, and kept from an earlier use."""
+    misses: int = 0
+    """Used, and read for this use, ahead or on demand."""
+    evictions: int = 0
+    prefetches: int = 0
+    """Read ahead."""
+    prefetches_useful: int = 0
+    """Of them, used by the layer they were read for, and present by then."""
+    prefetches_late: int = 0
+    """Used, but still being read when the layer asked."""
+    prefetches_wasted: int = 0
+    """Not used by the layer they were read for, or given up."""
+
+
+class ResidencyManager:
+    """Placement of a model's experts in the slots of one arena.
+
+    Args:
+        num_slots: at least 1.
+        most_reads: that may be under way at once, at least 1; as many as the disk needs to be busy.
+        policy: says what keeping an expert is worth.
+    """
+
+    def __init__(
+        self, *, num_layers: int, num_experts: int, num_slots: int, most_reads: int, policy: RetentionPolicy
+    ) -> None:
+        assert min(num_slots, most_reads) >= 1
+        self._most_reads = most_reads
+        self._num_reading = 0
+        self._num_experts = num_experts
+        self._policy = policy
+        # All arrays are flat, [layers * experts].
+        size = num_layers * num_experts
+        self._state = np.zeros(size, np.int8)
+        self._pins = np.zeros(size, np.int8)
+        self._slots = np.full(size, -1, np.int32)
+        self._free_slots = list(reversed(range(num_slots)))
+        self._num_slots = num_slots
+        self._wanted: deque[int] = deque()
+        """Absent experts that the layer at hand uses, the most used first."""
+        self._expected: deque[int] = deque()
+        """Absent experts that the following layers are expected to use, nearer layers and likelier experts first."""
+        self._ahead: set[int] = set()
+        """Read, or being read, for layers that have not come yet."""
+        self._unwanted: list[int] = []
+        self.counters = ResidencyCounters()
+
+    @property
+    def num_slots(self) -> int:
+        return self._num_slots
+
+    @property
+    def num_present(self) -> int:
+        return int(np.count_nonzero(self._state == _PRESENT))
+
+    def need(
+        self, layer: int, prompt_TK: NDArray[np.integer], decoded_TK: NDArray[np.integer]
+    ) -> tuple[list[int], list[int]]:
+        """A layer uses experts now: those [tokens, experts each] of prompts' tokens, and those of tokens decoded.
+
+        Returns:
+            Experts that are present, and those that must be waited for.
+        """
+        if len(prompt_TK):
+            self._policy.observe(layer, prompt_TK, prefill=True)
+        if len(decoded_TK):
+            self._policy.observe(layer, decoded_TK, prefill=False)
+        used = distinct(decoded_TK)
+        experts = [*used, *(expert for expert in distinct(prompt_TK) if expert not in used)]
+        first = layer * self._num_experts
+        num_useful = self._end_expectation(first, experts)
+        present, awaited = [], []
+        for expert in experts:
+            index = first + expert
+            self._pins[index] = _USED
+            if self._state[index] == _PRESENT:
+                present.append(expert)
+                continue
+            awaited.append(expert)
+            if self._state[index] == _ABSENT:
+                self._wanted.append(index)
+        self.counters.hits += len(present) - num_useful
+        self.counters.misses += len(awaited) + num_useful
+        return present, awaited
+
+    def expect(self, layer: int, experts: Sequence[int]) -> None:
+        """A layer after the one at hand will probably use these, the likeliest first. Nearer layers come first."""
+        first = layer * self._num_experts
+        for expert in experts:
+            index = first + expert
+            self._pins[index] = _EXPECTED
+            if self._state[index] == _ABSENT:
+                self._expected.append(index)
+
+    def take_unwanted(self) -> list[ExpertId]:
+        """Reads ahead that have proved wrong since the last call: to be dropped if they have not begun."""
+        unwanted, self._unwanted = self._unwanted, []
+        return [self._expert(index) for index in unwanted]
+
+    def plan(self, most_prefetches: int) -> list[Load]:
+        """What to read now, in order.
+
+        Args:
+            most_prefetches: reads ahead that may be under way at once.
+        """
+        loads = self._take_slots(self._wanted, len(self._wanted), highest_pin=_EXPECTED, is_prefetch=False)
+        if not self._wanted and self._expected:
+            most = most_prefetches - sum(self._state[index] == _READING for index in self._ahead)
+            loads += self._take_slots(self._expected, most, highest_pin=_FREE, is_prefetch=True)
+        return loads
+
+    def arrived(self, expert: ExpertId) -> None:
+        """A read ended well."""
+        self._state[self._index(expert)] = _PRESENT
+        self._num_reading -= 1
+
+    def dropped(self, expert: ExpertId) -> None:
+        """A read was cancelled or failed: the expert is absent again."""
+        index = self._index(expert)
+        self._state[index] = _ABSENT
+        self._num_reading -= 1
+        self._free_slots.append(int(self._slots[index]))
+        if index in self._ahead:
+            self._ahead.discard(index)
+            self.counters.prefetches_wasted += 1
+
+    def is_used(self, expert: ExpertId) -> bool:
+        """Whether the layer at hand waits for it, or has yet to compute it."""
+        return bool(self._pins[self._index(expert)] == _USED)
+
+    def release(self, layer: int, experts: Iterable[int]) -> None:
+        """These have been computed."""
+        for expert in experts:
+            self._pins[layer * self._num_experts + expert] = _FREE
+
+    def abandon(self) -> None:
+        """The step has failed: nothing is used or expected any more. Reads under way go on."""
+        self._pins[:] = _FREE
+        self._wanted.clear()
+        self._expected.clear()
+        self._unwanted.clear()
+        self._ahead.clear()
+
+    def shrink(self, num_slots: int) -> list[ExpertId]:
+        """Use only the first slots from now on, at least 1, and evict who is in the others; while nothing is read."""
+        assert 1 <= num_slots <= self._num_slots
+        assert self._num_reading == 0
+        self.abandon()
+        self._num_slots = num_slots
+        self._free_slots = [slot for slot in self._free_slots if slot < num_slots]
+        evicted = np.flatnonzero((self._state == _PRESENT) & (self._slots >= num_slots)).tolist()
+        for index in evicted:
+            self._evict(index)
+        return [self._expert(index) for index in evicted]
+
+    def _end_expectation(self, first: int, used: Sequence[int]) -> int:
+        """Settle what was expected of the layer whose experts begin at this index; returns how many are useful."""
+        counters, indices = self.counters, {first + expert for expert in used}
+        layer = range(first, first + self._num_experts)
+        # What is expected of later layers will be told anew.
+        self._expected.clear()
+        num_useful = 0
+        for index in [index for index in self._ahead if index in layer]:
+            self._ahead.remove(index)
+            if index not in indices:
+                counters.prefetches_wasted += 1
+                if self._state[index] == _READING:
+                    self._unwanted.append(index)
+            elif self._state[index] == _READING:
+                counters.prefetches_late += 1
+            else:
+                num_useful += 1
+        counters.prefetches_useful += num_useful
+        # Pins of the layers before have been released; these are expectations, right or wrong.
+        self._pins[layer.start : layer.stop] = _FREE
+        return num_useful
+
+    def _take_slots(self, queue: deque[int], most: int, *, highest_pin: int, is_prefetch: bool) -> list[Load]:
+        """Loads for the first of a queue, as many as there are slots.
+
+        Args:
+            highest_pin: present experts with a pin up to this one may be evicted.
+        """
+        count = min(len(queue), most, self._most_reads - self._num_reading)
+        if count <= 0:
+            return []
+        slots: list[tuple[int, int | None]] = []
+        while self._free_slots and len(slots) < count:
+            slots.append((self._free_slots.pop(), None))
+        if len(slots) < count:
+            slots += [(int(self._slots[index]), index) for index in self._victims(count - len(slots), highest_pin)]
+        loads = []
+        for slot, victim in slots:
+            index = queue.popleft()
+            if victim is not None:
+                self._evict(victim)
+            self._state[index] = _READING
+            self._num_reading += 1
+            self._slots[index] = slot
+            if is_prefetch:
+                self._ahead.add(index)
+                self.counters.prefetches += 1
+            loads.append(
+                Load(
+                    expert=self._expert(index),
+                    slot=slot,
+                    evicts=None if victim is None else self._expert(victim),
+                    is_prefetch=is_prefetch,
+                )
+            )
+        return loads
+
+    def _victims(self, count: int, highest_pin: int) -> list[int]:
+        """The present experts worth least, the least first; fewer than `count` if there are no more."""
+        values = self._policy.values().ravel()
+        chosen: list[int] = []
+        for pin in range(_FREE, highest_pin + 1):
+            candidates = np.flatnonzero((self._state == _PRESENT) & (self._pins == pin))
+            left = count - len(chosen)
+            if len(candidates) > left:
+                candidates = (
+                    candidates[np.argpartition(values[candidates], left)[:left]] if left else candidates[:0]
+                )
+            chosen += candidates[np.argsort(values[candidates])].tolist()
+        return chosen
+
+    def _evict(self, index: int) -> None:
+        self._state[index] = _ABSENT
+        self._pins[index] = _FREE
+        self.counters.evictions += 1
+        if index in self._ahead:
+            self._ahead.discard(index)
+            self.counters.prefetches_wasted += 1
+
+    def _index(self, expert: ExpertId) -> int:
+        return expert.layer * self._num_experts + expert.expert
+
+    def _expert(self, index: int) -> ExpertId:
+        return ExpertId(*divmod(index, self._num_experts))
+
+
+def distinct(ids_TK: NDArray[np.integer]) -> list[int]:
+    """The experts of some tokens, those of most tokens first, of a single token the likeliest first."""
+    if len(ids_TK) == 1:
+        return list(dict.fromkeys(map(int, ids_TK[0])))  # where some are skipped, its first stands for them
+    counts_E = np.bincount(ids_TK.ravel())
+    return list(map(int, np.argsort(-counts_E, kind="stable")[: np.count_nonzero(counts_E)]))
