@@ -1,15 +1,17 @@
 """Skipping experts of little weight: the arithmetic, what it leaves alone, and that nothing is read for them."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from localmoe.core.events import TierState
 from localmoe.core.model import ModelShape
+from localmoe.core.protocols import ExpertExecutor
 from localmoe.engine.budget import MemoryPlan
 from localmoe.engine.config import EngineConfig
 from localmoe.engine.expert_threshold import (
@@ -25,7 +27,7 @@ from localmoe.formats.store import Store
 from localmoe.models.decoder import Decoder
 from localmoe.tiers.config import TiersConfig
 from localmoe.tiers.host import stride_bytes
-from support.models import FakeExperts, kernels_under_test, paged_logits
+from support.models import FakeExperts, greedy, kernels_under_test, paged_logits, run
 
 SHAPE = ModelShape(
     model_type="mixtral",
@@ -143,23 +145,33 @@ def test_stall_is_the_share_of_recent_time() -> None:
     assert latest == pytest.approx(0, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("changed", "stall_s"),
-    [({}, lambda: 0.0), ({"adaptive_expert_threshold": True}, None)],
-    ids=["off", "adaptive, but nothing to wait for"],
-)
-def test_off_means_the_very_same_experts(changed: dict[str, bool], stall_s: Callable[[], float] | None) -> None:
-    experts = FakeExperts(lambda *_: None)
-    assert with_threshold(experts, EngineConfig(**changed), SHAPE, stall_s) is experts
+class WaitingExperts(FakeExperts):
+    """Some are not in memory."""
+
+    def state(self) -> TierState:  # type: ignore[override]
+        return TierState(**dict.fromkeys(TierState.__struct_fields__, 0))
+
+
+def test_off_means_the_very_same_experts() -> None:
+    resident, waiting = FakeExperts(lambda *_: None), WaitingExperts(lambda *_: None)
+    assert with_threshold(resident, EngineConfig(), SHAPE) is resident
+    assert with_threshold(waiting, EngineConfig(), SHAPE) is waiting
+    # There is nothing to wait for, and nothing to choose from.
+    assert with_threshold(resident, EngineConfig(adaptive_expert_threshold=True), SHAPE) is resident
+    one = msgspec.structs.replace(SHAPE, top_k=1)
+    assert with_threshold(resident, EngineConfig(expert_threshold=0.5), one) is resident
 
 
 def test_what_is_lossy_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    experts = FakeExperts(lambda *_: None)
-    found = with_threshold(experts, EngineConfig(expert_threshold=0.1), SHAPE, None)
-    assert isinstance(found, ThresholdedExperts)
-    found = with_threshold(experts, EngineConfig(adaptive_expert_threshold=True), SHAPE, lambda: 0.0)
-    assert isinstance(found, ThresholdedExperts)
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["lossy", "lossy"]
+    resident, waiting = FakeExperts(lambda *_: None), WaitingExperts(lambda *_: None)
+    for experts, config in (
+        (resident, EngineConfig(expert_threshold=0.1)),
+        (waiting, EngineConfig(adaptive_expert_threshold=True)),
+    ):
+        found = with_threshold(experts, config, SHAPE)
+        assert isinstance(found, ThresholdedExperts)
+        assert found.state() == experts.state()
+    assert [message.split(":")[0] for message in caplog.messages] == ["lossy", "lossy"]
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
@@ -188,6 +200,10 @@ def tiered(store: Store, num_slots: int) -> tuple[Decoder, TieredExperts]:
     return decoder, decoder.experts
 
 
+def thresholded(experts: ExpertExecutor[Tensor], threshold: float, shape: ModelShape) -> ThresholdedExperts:
+    return ThresholdedExperts(experts, lambda: threshold, normalize=shape.norm_top_k)
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 7])
 @torch.inference_mode()
 def test_what_is_dropped_is_not_read_and_the_tiers_do_not_show(tiny_home: Path, chunk_tokens: int) -> None:
@@ -198,13 +214,10 @@ def test_what_is_dropped_is_not_read_and_the_tiers_do_not_show(tiny_home: Path, 
         shape = store.shape
         for threshold in (0.0, 0.35, 1.0):
             resident = load_decoder(store, kernels_under_test())
-            thresholded = ThresholdedExperts(resident.experts, lambda t=threshold: t, normalize=shape.norm_top_k)
-            resident.experts = StepByStep(thresholded)
+            resident.experts = thresholded(resident.experts, threshold, shape)
             logits[f"resident {threshold}"] = paged_logits(resident, token_ids, chunk_tokens)
             decoder, experts = tiered(store, 9)
-            decoder.experts = StepByStep(
-                ThresholdedExperts(experts, lambda t=threshold: t, normalize=shape.norm_top_k)
-            )
+            decoder.experts = thresholded(experts, threshold, shape)
             logits[f"tiered {threshold}"] = paged_logits(decoder, token_ids, chunk_tokens)
             assert torch.equal(logits[f"tiered {threshold}"], logits[f"resident {threshold}"])
             state = experts.state()
@@ -218,9 +231,9 @@ def test_what_is_dropped_is_not_read_and_the_tiers_do_not_show(tiny_home: Path, 
 
 def test_the_engine_applies_what_is_set(tiny_home: Path) -> None:
     store_path = tiny_home / "models/olmoe/stores/f32.store"
-    for config, kind in (
-        (EngineConfig(num_threads=2), False),
-        (EngineConfig(num_threads=2, expert_threshold=0.3), True),
-    ):
-        engine = load_engine("olmoe", store_path, config, PLENTY)
-        assert isinstance(engine._executor._decoder.experts, ThresholdedExperts) is kind
+    tokens = {}
+    for threshold in (0.0, 1e-9, 0.5):
+        config = EngineConfig(num_threads=2, expert_threshold=threshold)
+        engine = load_engine("test", store_path, config, PLENTY)
+        tokens[threshold] = run(engine, [greedy("r", random_ids(24), 16)])
+    assert tokens[1e-9] == tokens[0.0] != tokens[0.5]

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from localmoe.core.errors import ChecksumError, EngineStartError, StoreError
-from localmoe.core.model import ExpertId, WeightFormat
+from localmoe.core.model import ExpertId, ModelShape, WeightFormat
 from localmoe.core.request import RequestFailed
 from localmoe.engine.budget import MemoryPlan, plan_memory
 from localmoe.engine.config import EngineConfig
 from localmoe.engine.engine import Engine
+from localmoe.engine.estimate import PlannedStore
 from localmoe.engine.load import load_decoder, load_engine, load_tiered
 from localmoe.engine.tiered_experts import TieredExperts
 from localmoe.formats.store import Store
@@ -31,13 +32,14 @@ def store_path(home: Path, name: str) -> Path:
     return home / "models" / name / "stores" / f"{WeightFormat.F32}.store"
 
 
-def tiered(path: Path, num_slots: int, **tiers: Any) -> Decoder:
+def tiered(path: Path, num_slots: int, *, streamed: tuple[int, ...] = (), **tiers: Any) -> Decoder:
     with Store.open(path) as store:
         plan = MemoryPlan(
             budget_bytes=1 << 30,
             kv_cache_bytes=0,
             workspace_bytes=0,
             dense_bytes=0,
+            streamed_layers=streamed,
             num_slots=num_slots,
             slot_bytes=store.blob_bytes,
         )
@@ -82,6 +84,19 @@ def test_every_policy_and_way_of_reading_gives_the_same_tokens(tiny_home: Path, 
     assert run(make_engine(decoder, EngineConfig()), requests) == expected
 
 
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def test_streamed_attention_gives_the_same_bits(tiny_home: Path, name: str) -> None:
+    path = store_path(tiny_home, name)
+    decoder = resident(path)
+    token_ids = [token % decoder.shape.vocab_size for token in PROMPT * 3]
+    expected = [paged_logits(decoder, token_ids, chunk) for chunk in (36, 5)]
+    for streamed in [(0, 1), tuple(range(decoder.shape.num_layers // 2 * 2))]:
+        decoder = tiered(path, 4, streamed=streamed)
+        for chunk, logits in zip((36, 5), expected, strict=True):
+            assert torch.equal(paged_logits(decoder, token_ids, chunk), logits)
+
+
 @pytest.fixture
 def own_store(tiny_home: Path, tmp_path: Path) -> Path:
     """A store that a test may damage."""
@@ -105,20 +120,13 @@ def test_a_damaged_expert_fails_who_needs_it_and_nobody_after_it_is_mended(own_s
     expected = outcome(engine)
     with Store.open(own_store) as store:
         offsets = [store.expert_entry(ExpertId(1, expert)).offset for expert in range(store.shape.num_experts)]
-    with own_store.open("r+b") as file:
-        whole = []
-        for offset in offsets:
-            file.seek(offset + 100)
-            whole.append(file.read(1))
-            file.seek(offset + 100)
-            file.write(bytes([whole[-1][0] ^ 1]))
+    for offset in offsets:
+        flip(own_store, offset + 100)
     message = str(outcome(engine))
     assert "layer 1 expert" in message
     assert "damaged" in message
-    with own_store.open("r+b") as file:
-        for offset, byte in zip(offsets, whole, strict=True):
-            file.seek(offset + 100)
-            file.write(byte)
+    for offset in offsets:
+        flip(own_store, offset + 100)
     assert outcome(engine) == expected
 
 
@@ -144,6 +152,26 @@ def test_a_store_that_is_removed_goes_on_serving(own_store: Path) -> None:
     assert outcome(engine) == expected
 
 
+def test_a_damaged_streamed_layer_fails_its_step_and_comes_back(own_store: Path) -> None:
+    engine = make_engine(tiered(own_store, 4, streamed=(0, 1)), EngineConfig(prefix_caching=False))
+    expected = outcome(engine)
+    with Store.open(own_store) as store:
+        (entry,) = (entry for entry in store.dense_entries if entry.name == "layers.1.v")
+    flip(own_store, entry.offset + 8)
+    assert "layers.1.v is damaged" in str(outcome(engine))
+    flip(own_store, entry.offset + 8)
+    assert outcome(engine) == expected
+
+
+def flip(path: Path, offset: int) -> None:
+    """Invert a byte of a file."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0xFF]))
+
+
 def test_memory_can_be_taken_away_while_serving(tiny_home: Path) -> None:
     path = store_path(tiny_home, "distinct-experts")
     decoder = tiered(path, 20)
@@ -160,11 +188,7 @@ def test_memory_can_be_taken_away_while_serving(tiny_home: Path) -> None:
 def test_damaged_or_missing_dense_weights_are_found_at_load(own_store: Path) -> None:
     with Store.open(own_store) as store:
         entry = next(entry for entry in store.dense_entries if entry.name == "layers.0.q")
-    with own_store.open("r+b") as file:
-        file.seek(entry.offset)
-        byte = file.read(1)
-        file.seek(entry.offset)
-        file.write(bytes([byte[0] ^ 0x80]))
+    flip(own_store, entry.offset)
     with pytest.raises(ChecksumError, match=r"layers\.0\.q is damaged"):
         tiered(own_store, 2)
 
@@ -197,10 +221,38 @@ def test_the_budget_is_divided_and_kept(tiny_home: Path) -> None:
             assert plan.num_slots == num_slots
             spent = plan.kv_cache_bytes + plan.workspace_bytes + plan.dense_bytes + num_slots * plan.slot_bytes
             assert spent <= plan.budget_bytes == size
-    with pytest.raises(
-        EngineStartError, match=r"not enough memory: .* a token's 2 experts .* lower max_context_tokens"
-    ):
-        planned(path, least + everything.slot_bytes)
+    with pytest.raises(EngineStartError, match=r"not enough memory: .* 2 experts .* lower max_context_tokens"):
+        planned(path, least // 2)
+
+
+def test_attention_is_streamed_where_it_does_not_fit() -> None:
+    shape = ModelShape(
+        model_type="llama",
+        num_layers=40,
+        hidden_size=5120,
+        num_heads=40,
+        num_kv_heads=40,
+        head_dim=128,
+        num_experts=1,
+        top_k=1,
+        expert_size=13824,
+        vocab_size=32000,
+        max_context_tokens=4096,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+    )
+    store = PlannedStore.of(shape, WeightFormat.MXFP4)
+    config = EngineConfig(kv_cache_bytes=1 << 28, max_num_batched_tokens=128, max_num_seqs=1)
+    dense_bytes = sum(entry.num_bytes for entry in store.dense_entries)
+    plan = plan_memory(store, kernels_under_test(), config, 4 << 30)
+    assert plan.num_slots is not None
+    assert plan.num_slots >= 2
+    assert len(plan.streamed_layers) == len(set(plan.streamed_layers)) % 40
+    assert len(plan.streamed_layers) % 2 == 0
+    assert plan.dense_bytes < dense_bytes
+    spent = plan.kv_cache_bytes + plan.workspace_bytes + plan.dense_bytes + plan.num_slots * plan.slot_bytes
+    assert plan.budget_bytes - plan.slot_bytes - dense_bytes / 40 < spent <= plan.budget_bytes
+    assert plan_memory(store, kernels_under_test(), config, 8 << 30).streamed_layers == ()
 
 
 def test_an_engine_that_does_not_fit_is_tiered_by_itself(

@@ -95,7 +95,7 @@ def belady_hits(trace: RoutingTrace, num_slots: int) -> int:
         if not use.is_prompt:
             num_hits += int(np.count_nonzero(kept[indices]))
         values[indices] = -next_uses
-        kept[indices] = np.isfinite(next_uses)
+        kept[indices] = True
         _keep_best(kept, values, num_slots)
     return num_hits
 

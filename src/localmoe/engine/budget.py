@@ -8,11 +8,15 @@ from typing import Protocol
 from localmoe.core.errors import EngineStartError
 from localmoe.core.model import ModelShape
 from localmoe.engine.config import EngineConfig, num_weights
+from localmoe.engine.layer_stream import NUM_BUFFERS, streamed_entries
 from localmoe.formats.store_layout import DenseEntry
 from localmoe.kernels.base import Kernels
 from localmoe.tiers.host import stride_bytes
 
 logger = logging.getLogger(__name__)
+
+_FEWEST_SLOTS = 2
+"""One to compute with while the other is filled."""
 
 
 class StoreSizes(Protocol):
@@ -41,16 +45,21 @@ class MemoryPlan:
     workspace_bytes: int
     """What a step computes in."""
     dense_bytes: int
-    """Weights that every token uses."""
+    """Weights that every token uses, as far as they stay in memory, and buffers for those that do not."""
+    streamed_layers: tuple[int, ...] = ()
+    """Layers whose attention is read for each step, because it does not fit."""
     num_slots: int | None
     """Experts that fit beside all this; None: the whole store does, and is used where it is mapped."""
     slot_bytes: int
 
     def __str__(self) -> str:
         experts = "all experts" if self.num_slots is None else f"{self.num_slots} experts"
+        streamed = (
+            f" (attention of {len(self.streamed_layers)} layers is streamed)" if self.streamed_layers else ""
+        )
         return (
             f"{_mib(self.budget_bytes)} of memory: keys and values {_mib(self.kv_cache_bytes)}, workspace "
-            f"{_mib(self.workspace_bytes)}, dense weights {_mib(self.dense_bytes)}, {experts} of "
+            f"{_mib(self.workspace_bytes)}, dense weights {_mib(self.dense_bytes)}{streamed}, {experts} of "
             f"{_mib(self.slot_bytes)}"
         )
 
@@ -74,13 +83,18 @@ def plan_memory(store: StoreSizes, kernels: Kernels, config: EngineConfig, avail
     num_experts = shape.num_layers * shape.num_experts
     left_bytes = budget_bytes - config.kv_cache_bytes - workspace
     num_slots: int | None = None
+    streamed: tuple[int, ...] = ()
     if kernels.memory_bytes(store.total_bytes, num_weights(shape)) > left_bytes:
+        fewest = min(max(shape.top_k, _FEWEST_SLOTS), num_experts)
+        streamed = _streamed_layers(store, dense_bytes - (left_bytes - fewest * slot_bytes))
+        if streamed:
+            dense_bytes -= (len(streamed) - NUM_BUFFERS) * _streamed_bytes(store)
         num_slots = min((left_bytes - dense_bytes) // slot_bytes, num_experts)
-        if num_slots < shape.top_k:
+        if num_slots < fewest:
             raise EngineStartError(
                 f"not enough memory: {_mib(budget_bytes)} are to be used; keys and values take "
-                f"{_mib(config.kv_cache_bytes)}, workspace {_mib(workspace)}, dense weights {_mib(dense_bytes)}, and "
-                f"a token's {shape.top_k} experts {_mib(shape.top_k * slot_bytes)}; lower max_context_tokens, "
+                f"{_mib(config.kv_cache_bytes)}, workspace {_mib(workspace)}, dense weights at least "
+                f"{_mib(dense_bytes)}, and {fewest} experts {_mib(fewest * slot_bytes)}; lower max_context_tokens, "
                 f"kv_cache_bytes or max_num_batched_tokens, or choose a smaller format"
             )
     plan = MemoryPlan(
@@ -88,11 +102,29 @@ def plan_memory(store: StoreSizes, kernels: Kernels, config: EngineConfig, avail
         kv_cache_bytes=config.kv_cache_bytes,
         workspace_bytes=workspace,
         dense_bytes=dense_bytes,
+        streamed_layers=streamed,
         num_slots=num_slots,
         slot_bytes=slot_bytes,
     )
     logger.info("%s", plan)
     return plan
+
+
+def _streamed_layers(store: StoreSizes, excess_bytes: int) -> tuple[int, ...]:
+    """Layers to stream so that so much of the dense weights need not stay in memory; as many as there are if that
+    does not suffice. They are spread over the model, so that the disk has time for each."""
+    if excess_bytes <= 0:
+        return ()
+    count = -(-excess_bytes // _streamed_bytes(store)) + NUM_BUFFERS  # their buffers take memory, too
+    num_layers = store.shape.num_layers
+    count = min(-(-count // NUM_BUFFERS) * NUM_BUFFERS, num_layers // NUM_BUFFERS * NUM_BUFFERS)
+    if count <= NUM_BUFFERS:
+        return ()  # the buffers would take what the layers do
+    return tuple(turn * num_layers // count for turn in range(count))
+
+
+def _streamed_bytes(store: StoreSizes) -> int:
+    return sum(entry.num_bytes for entry in streamed_entries(store.dense_entries, 0))
 
 
 def workspace_bytes(shape: ModelShape, num_tokens: int, num_seqs: int) -> int:

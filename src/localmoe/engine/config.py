@@ -53,6 +53,9 @@ class EngineConfig:
     """Lossy, and answers then depend on timing, so that not even a seed repeats them: while steps wait for the disk,
     raise the threshold, at most to half of an even share. See `engine/expert_threshold.py`."""
     tiers: TiersConfig = field(default_factory=TiersConfig)
+    routing_trace: str | None = None
+    """File to write down in which experts the router chooses for each token, see `engine/routing_trace.py`; no
+    tokens or texts. None: do not."""
     hang_timeout_s: float = 120.0
     """An engine that has requests but finishes no step for this long is taken for hung, killed and replaced."""
 

@@ -1,5 +1,7 @@
 """Dense weights in memory of their own, for engines that do not map the store."""
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from localmoe.core.errors import ChecksumError, StoreError
@@ -10,7 +12,10 @@ from localmoe.tiers.host import HostArena
 
 
 class LoadedDense:
-    """Every dense tensor of a store, read into one slab.
+    """Dense tensors of a store, read into one slab.
+
+    Args:
+        elsewhere: matrices that are not to be read, and where they are.
 
     Raises:
         StoreError: one cannot be read.
@@ -18,14 +23,20 @@ class LoadedDense:
         EngineStartError: the memory is not to be had.
     """
 
-    def __init__(self, store: Store, reader: DiskReader[str], available_memory_bytes: int) -> None:
-        self._path = store.path
-        self._entries = {entry.name: entry for entry in store.dense_entries}
-        total_bytes = sum(entry.num_bytes for entry in store.dense_entries)
+    def __init__(
+        self,
+        store: Store,
+        reader: DiskReader[str],
+        elsewhere: Mapping[str, PackedMatrix],
+        available_memory_bytes: int,
+    ) -> None:
+        self._elsewhere = elsewhere
+        self._entries = {entry.name: entry for entry in store.dense_entries if entry.name not in elsewhere}
+        total_bytes = sum(entry.num_bytes for entry in self._entries.values())
         slab = HostArena(total_bytes, 1, available_memory_bytes=available_memory_bytes)
         self._contents: dict[str, Tensor] = {}
         start = 0
-        for entry in store.dense_entries:
+        for entry in self._entries.values():
             self._contents[entry.name] = slab.memory[start : start + entry.num_bytes]
             start += entry.num_bytes
         reader.submit(
@@ -33,8 +44,8 @@ class LoadedDense:
             for name, entry in self._entries.items()
         )
         damages = []
-        for _ in self._entries:
-            for read in reader.collect(wait=True):
+        while reads := reader.collect(wait=True):
+            for read in reads:
                 if read.error is not None:
                     raise StoreError(read.error)
                 damages += [find_damage(read.buffer, self._entries[read.key])]
@@ -42,6 +53,8 @@ class LoadedDense:
             raise ChecksumError(f"{store.path}: {'; '.join(filter(None, damages))}")
 
     def dense_matrix(self, name: str) -> PackedMatrix:
+        if name in self._elsewhere:
+            return self._elsewhere[name]
         return matrix_in(self._contents[name], self._entries[name])
 
     def dense_vector(self, name: str) -> Tensor:

@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,9 @@ from localmoe.engine.dense import LoadedDense
 from localmoe.engine.engine import Engine
 from localmoe.engine.expert_threshold import with_threshold
 from localmoe.engine.experts import ResidentExperts
+from localmoe.engine.insight import Insight
+from localmoe.engine.layer_stream import LayerStream
+from localmoe.engine.observed_experts import ObservedExperts
 from localmoe.engine.tiered_experts import TieredExperts
 from localmoe.formats.store import Store
 from localmoe.kernels.base import DenseWeights, Kernels
@@ -60,9 +64,11 @@ def load_engine(model: str, store_path: Path, config: EngineConfig, available_me
             decoder = load_decoder(store, kernels)
         else:
             decoder = load_tiered(store, kernels, plan, config.tiers)
-        decoder.experts = with_threshold(decoder.experts, config, store.shape)
+        experts = decoder.experts
+        decoder.experts = with_threshold(experts, config, store.shape)
+        insight = _watch(decoder, experts, plan, store.blob_bytes)
     logger.info("%s computes with %s", model, kernels.name)
-    return Engine(model, decoder, kernels, config)
+    return Engine(model, decoder, kernels, config, insight)
 
 
 def load_decoder(store: Store, kernels: Kernels) -> Decoder:
@@ -78,8 +84,12 @@ def load_tiered(store: Store, kernels: Kernels, plan: MemoryPlan, config: TiersC
         EngineStartError: the memory is not to be had.
     """
     assert plan.num_slots is not None
+    stream = None
+    if plan.streamed_layers:
+        layer_reader = DiskReader[int].open([store.path], config.disk)
+        stream = LayerStream(store, plan.streamed_layers, layer_reader, plan.budget_bytes)
     with DiskReader[str].open([store.path], config.disk) as dense_reader:
-        dense = LoadedDense(store, dense_reader, plan.budget_bytes)
+        dense = LoadedDense(store, dense_reader, stream.matrices() if stream else {}, plan.budget_bytes)
     arena = HostArena(store.blob_bytes, plan.num_slots, available_memory_bytes=plan.budget_bytes)
     manager = ResidencyManager(
         num_layers=store.shape.num_layers,
@@ -98,11 +108,32 @@ def load_tiered(store: Store, kernels: Kernels, plan: MemoryPlan, config: TiersC
         manager=manager,
         prefetch_layers=config.prefetch_layers,
     )
-    return _decoder(store, dense, experts, kernels)
+    decoder = _decoder(store, dense, experts, kernels)
+    for index in plan.streamed_layers:
+        assert stream is not None
+        layer = decoder.layers[index]
+        layer.attention = stream.attention(index, layer.attention)
+    return decoder
 
 
 def _decoder(store: Store, dense: DenseWeights, experts: ExpertExecutor[Tensor], kernels: Kernels) -> Decoder:
     return architecture({"model_type": store.shape.model_type})(store.shape, dense, experts, kernels)
+
+
+def _watch(decoder: Decoder, experts: ExpertExecutor[Tensor], plan: MemoryPlan, expert_bytes: int) -> Insight:
+    """Put a watch on a decoder's experts.
+
+    Args:
+        experts: the part of the decoder's that knows where they are.
+    """
+    shape = decoder.shape
+    if isinstance(experts, TieredExperts):
+        watched = ObservedExperts(decoder.experts, shape, stall_s=lambda: experts.stall_s, present=experts.present)
+    else:
+        everywhere = np.ones((shape.num_layers, shape.num_experts), np.bool_)
+        watched = ObservedExperts(decoder.experts, shape, stall_s=lambda: 0.0, present=lambda: everywhere)
+    decoder.experts = watched
+    return Insight(shape, plan, expert_bytes, watched)
 
 
 def warm_up(engine: Engine) -> None:
@@ -117,3 +148,4 @@ def warm_up(engine: Engine) -> None:
         for output in engine.step():
             if isinstance(output, RequestFailed):
                 raise EngineStartError(f"the model cannot compute: {output.message}")
+    engine.forget()

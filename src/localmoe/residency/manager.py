@@ -89,6 +89,11 @@ class ResidencyManager:
     def num_present(self) -> int:
         return int(np.count_nonzero(self._state == _PRESENT))
 
+    def present(self) -> NDArray[np.bool_]:
+        """Whether each expert [layers, experts] is in memory now."""
+        present: NDArray[np.bool_] = self._state == _PRESENT
+        return present.reshape(-1, self._num_experts)
+
     def need(
         self, layer: int, prompt_TK: NDArray[np.integer], decoded_TK: NDArray[np.integer]
     ) -> tuple[list[int], list[int]]:

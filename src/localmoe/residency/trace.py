@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from localmoe.core.errors import TraceError
 
-MAX_TRACE_BYTES = 512 << 20
-"""Unpacked. About 16 million uses."""
+MAX_TRACE_BYTES = 64 << 20
+"""Unpacked. About two million uses."""
 _MAX_LINE_BYTES = 4096
-_MAX_LAYERS, _MAX_EXPERTS = 1024, 4096
+_MAX_LAYERS, _MAX_EXPERTS = 256, 2048
 _COLUMNS = ("turn", "phase", "step", "layer", "slot", "expert")
 
 

@@ -107,14 +107,14 @@ def test_adaptive_is_what_it_says(seed: int) -> None:
     rng = np.random.default_rng(seed)
     num_layers, num_experts = 3, 10
     steps: list[tuple[int, NDArray[np.integer], bool]] = []
+    prompt_tokens = {0: 5, 7: 140, 12: 20}
     for step in range(20):
-        prefill = step in (0, 7)
-        num_tokens = (5, 140)[step == 7] if prefill else int(rng.integers(1, 3))
         for layer in range(num_layers):
-            experts = np.stack([rng.permutation(num_experts)[:2] for _ in range(num_tokens)])
-            if not prefill:
-                experts = np.unique(experts)
-            steps.append((layer, experts, prefill))
+            if step in prompt_tokens:
+                prompt = [rng.permutation(num_experts)[:2] for _ in range(prompt_tokens[step])]
+                steps.append((layer, np.stack(prompt), True))
+            if step not in (0, 7):
+                steps.append((layer, rng.permutation(num_experts)[: rng.integers(2, 5)], False))
     del steps[-1]  # in the middle of a step
     policy = Adaptive(num_layers, num_experts)
     for layer, experts, prefill in steps:

@@ -84,7 +84,7 @@ def test_recorded_traces(name: str) -> None:
         (changed(2, "# model=small n_layer=2 n_expert=4"), "line 3: no comment before it says n_expert_used="),
         (
             changed(2, "# n_layer=0 n_expert=4 n_expert_used=2"),
-            "line 3: n_layer is '0', not a number from 1 to 1024",
+            "line 3: n_layer is '0', not a number from 1 to 256",
         ),
         (changed(2, "# n_layer=2 n_expert=99999 n_expert_used=2"), "line 3: n_expert is '99999'"),
         (changed(2, "# n_layer=2 n_expert=4 n_expert_used=5"), "line 3: n_expert_used is '5', not .* from 1 to 4"),
