@@ -39,6 +39,16 @@ def test_an_automatic_cache_takes_a_quarter_of_what_is_free_within_reason() -> N
     assert EngineConfig().resolve(SHAPE, F32, 1 << 40).kv_cache_bytes == 128 * CONTEXT_BYTES
 
 
+def test_an_automatic_caches_share_can_be_set() -> None:
+    tenth, half = EngineConfig(kv_cache_share=0.1), EngineConfig(kv_cache_share=0.5)
+    assert tenth.resolve(SHAPE, F32, 40 * CONTEXT_BYTES).kv_cache_bytes == 4 * CONTEXT_BYTES
+    assert tenth.resolve(SHAPE, F32, 5 * CONTEXT_BYTES).kv_cache_bytes == CONTEXT_BYTES
+    assert half.resolve(SHAPE, F32, 40 * CONTEXT_BYTES).kv_cache_bytes == 20 * CONTEXT_BYTES
+    for share in (0, 1.1):
+        with pytest.raises(ValueError, match="kv_cache_share"):
+            EngineConfig(kv_cache_share=share)
+
+
 def test_a_cache_is_as_exact_as_the_weights_unless_it_says_otherwise() -> None:
     for weights, setting, dtype in (
         (F32, "auto", "f32"),

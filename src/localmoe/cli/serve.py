@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from localmoe.catalog.catalog import DEMO_NAME, Catalog
+from localmoe.config.profiles import Profile
 from localmoe.config.settings import Settings, load_settings
 from localmoe.core.errors import ConfigError, ModelBuildError, ModelNotFoundError
 from localmoe.core.model import WeightFormat
@@ -40,6 +42,12 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Compute threads.", show_default="one per physical core")
     ] = None,
+    profile: Annotated[
+        Profile | None, typer.Option(help="Defaults for what is not set otherwise.", show_default="auto")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML or JSON file of settings; see docs/settings.md.", show_default=False)
+    ] = None,
 ) -> None:
     """Serve a model over the OpenAI API.
 
@@ -50,8 +58,10 @@ def serve(
       localmoe serve
 
       localmoe serve mixtral --weights mxfp4 --port 9000 --threads 8
+
+      localmoe serve mixtral --profile low_latency --config site.yaml
     """
-    settings = load_settings()
+    settings = load_settings(config=config, profile=profile, on_note=lambda note: _say(f"note: {note}"))
     listener = _bind(host or settings.host, settings.port if port is None else port)
     with listener:
         catalog = Catalog(settings.home)
