@@ -27,6 +27,7 @@ from localmoe.kernels.select import select_kernels
 from localmoe.models import architecture
 from localmoe.models.decoder import Decoder
 from localmoe.residency.manager import ResidencyManager
+from localmoe.residency.placement import with_rules
 from localmoe.residency.policy import retention_policy
 from localmoe.tiers.config import TiersConfig
 from localmoe.tiers.disk import DiskReader
@@ -91,12 +92,15 @@ def load_tiered(store: Store, kernels: Kernels, plan: MemoryPlan, config: TiersC
     with DiskReader[str].open([store.path], config.disk) as dense_reader:
         dense = LoadedDense(store, dense_reader, stream.matrices() if stream else {}, plan.budget_bytes)
     arena = HostArena(store.blob_bytes, plan.num_slots, available_memory_bytes=plan.budget_bytes)
+    size = (store.shape.num_layers, store.shape.num_experts)
+    for rule in config.placement:
+        logger.info("placement rule: %s", rule)
     manager = ResidencyManager(
         num_layers=store.shape.num_layers,
         num_experts=store.shape.num_experts,
         num_slots=plan.num_slots,
         most_reads=max(_LEAST_READS, -(-_BYTES_UNDER_WAY // store.blob_bytes)),
-        policy=retention_policy(config.policy, store.shape.num_layers, store.shape.num_experts),
+        policy=with_rules(retention_policy(config.policy, *size), config.placement, *size),
     )
     reader = DiskReader[ExpertId].open([store.path], config.disk)
     reader.register(arena.memory)
