@@ -1,10 +1,15 @@
 """Models that several tests share, made once a session."""
 
+import os
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton: where there is no GPU its kernels are interpreted.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from localmoe.catalog.catalog import DEMO_NAME, Catalog
 from localmoe.catalog.demo import build_demo

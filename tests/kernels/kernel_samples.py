@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -11,13 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from localmoe.core.model import WeightFormat
+from localmoe.core.model import QkNorm, WeightFormat
 from localmoe.formats.fp4 import Mxfp4Matrix, Nvfp4Matrix
 from localmoe.formats.int8 import Int8Matrix
 from localmoe.formats.packed import PackedMatrix, pack_int8, pack_matrix, pack_mxfp4, pack_nvfp4
+from localmoe.formats.store import ExpertWeights
 from localmoe.kernels import reference
-from localmoe.kernels.base import PagedStep
+from localmoe.kernels.base import AttentionWeights, Kernels, PagedStep, RouterWeights
 
+HIDDEN = 64
+"""Hidden size of `attention_weights`."""
+MIXED = [(0, 21), (37, 1), (130, 9), (0, 1), (15, 1), (16, 2)]
+"""(cached, new) tokens of some sequences."""
 QUANTIZED = (WeightFormat.MXFP4, WeightFormat.NVFP4, WeightFormat.INT8)
 
 
@@ -121,3 +127,103 @@ def cache_with(
             keys[block, :, :, offset] = k[position]
             values[block, :, offset] = v[position]
     return keys, values
+
+
+def same_bits(found: Tensor, expected: Tensor) -> bool:
+    return torch.equal(found.view(torch.int32), expected.view(torch.int32))
+
+
+def router_weights(rows_ED: Tensor, top_k: int, *, normalize: bool, weights: WeightFormat) -> RouterWeights:
+    return RouterWeights(
+        norm_D=random(rows_ED.shape[1], seed=9),
+        router=pack_matrix(rows_ED, weights),
+        top_k=top_k,
+        normalize=normalize,
+        eps=1e-5,
+    )
+
+
+def expert_weights(weights: WeightFormat, num_experts: int, hidden: int, width: int) -> list[ExpertWeights]:
+    return [
+        ExpertWeights(
+            gate=weight_matrix(weights, width, hidden, 3 * e),
+            up=weight_matrix(weights, width, hidden, 3 * e + 1),
+            down=weight_matrix(weights, hidden, width, 3 * e + 2),
+        )
+        for e in range(num_experts)
+    ]
+
+
+def random_routes(num_tokens: int, num_experts: int, top_k: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Distinct experts of each token, and weights."""
+    scores = random(num_tokens, num_experts, seed=seed)
+    shares, ids = scores.softmax(-1).topk(top_k)
+    return ids.int(), shares
+
+
+def attention_weights(
+    weights: WeightFormat, num_heads: int, num_groups: int, head_dim: int, norm: QkNorm | None = None
+) -> AttentionWeights:
+    q_size, k_size = num_heads * head_dim, num_groups * head_dim
+    one = norm is QkNorm.HEAD
+    return AttentionWeights(
+        norm_D=1 + random(HIDDEN, seed=1) / 4,
+        q=weight_matrix(weights, q_size, HIDDEN, 2),
+        k=weight_matrix(weights, k_size, HIDDEN, 3),
+        v=weight_matrix(weights, k_size, HIDDEN, 4),
+        o=weight_matrix(weights, HIDDEN, q_size, 5),
+        q_norm=None if norm is None else 1 + random(head_dim if one else q_size, seed=6) / 4,
+        k_norm=None if norm is None else 1 + random(head_dim if one else k_size, seed=7) / 4,
+        num_heads=num_heads,
+        num_kv_heads=num_groups,
+        eps=1e-5,
+    )
+
+
+class Batch:
+    """Sequences of (cached, new) tokens over scattered blocks; what no sequence has written is NaN."""
+
+    def __init__(
+        self,
+        spans: Sequence[tuple[int, int]],
+        weights: AttentionWeights,
+        *,
+        block_tokens: int = 16,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        head_dim = weights.q.rows // weights.num_heads
+        tables, num_blocks = scattered_tables([cached + new for cached, new in spans], block_tokens)
+        self.step = paged_step(spans, tables, block_tokens, head_dim)
+        shape = (num_blocks, weights.num_kv_heads, head_dim, block_tokens)
+        self.cache = cache_with([cached for cached, _ in spans], tables, shape, dtype)
+        self.x_TD = random(len(self.step.slots_T), HIDDEN, seed=8)
+
+    def parts(self, sizes: Sequence[int]) -> list[tuple[slice, PagedStep]]:
+        """Every sequence alone, and in chunks of these sizes, in turn."""
+        parts: list[tuple[slice, PagedStep]] = []
+        for (row, new, cached), table in zip(self.step.spans_S3.tolist(), self.step.tables_SN, strict=True):
+            done = 0
+            while done < new:
+                count = min(sizes[len(parts) % len(sizes)], new - done)
+                rows = slice(row + done, row + done + count)
+                part = replace(
+                    self.step,
+                    slots_T=self.step.slots_T[rows],
+                    spans_S3=np.array([[0, count, cached + done]], np.int32),
+                    tables_SN=table[None],
+                    cosines_Td=self.step.cosines_Td[rows],
+                    sines_Td=self.step.sines_Td[rows],
+                )
+                parts.append((rows, part))
+                done += count
+        return parts
+
+    def run(
+        self, kernels: Kernels, weights: AttentionWeights, sizes: Sequence[int] = (), device: str = "cpu"
+    ) -> tuple[Tensor, ...]:
+        """(x, keys, values) after the step, at once or in parts, computed on the kernels' device."""
+        attend, x = kernels.attention(weights), self.x_TD.clone().to(device)
+        keys, values = (cache.clone().to(device) for cache in self.cache)
+        for rows, step in self.parts(sizes) if sizes else [(slice(None), self.step)]:
+            attend(x[rows], keys, values, step)
+        return x.cpu(), keys.cpu(), values.cpu()

@@ -9,11 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_samples import (
     QUANTIZED,
+    expert_weights,
     random,
     random_codes,
     random_ints,
+    random_routes,
     reference_rounding_inputs,
     rounded,
+    router_weights,
+    same_bits,
     weight_matrix,
 )
 from torch import Tensor
@@ -22,7 +26,6 @@ from localmoe import _cpu
 from localmoe.core.model import WeightFormat
 from localmoe.formats.fp4 import Mxfp4Matrix, Nvfp4Matrix
 from localmoe.formats.packed import PackedMatrix, pack_matrix, pack_mxfp4, pack_nvfp4
-from localmoe.formats.store import ExpertWeights
 from localmoe.kernels.base import RouterWeights, placed_experts
 from localmoe.kernels.reference import ReferenceKernels
 
@@ -30,10 +33,6 @@ from localmoe.kernels.reference import ReferenceKernels
 @pytest.fixture(scope="module")
 def reference() -> ReferenceKernels:
     return ReferenceKernels(2)
-
-
-def same_bits(found: Tensor, expected: Tensor) -> bool:
-    return torch.equal(found.view(torch.int32), expected.view(torch.int32))
 
 
 def check_product(out_TR: Tensor, x_TC: Tensor, weights: PackedMatrix) -> None:
@@ -160,16 +159,6 @@ def test_head(level: str, weights: WeightFormat, num_tokens: int, reference: Ref
         assert same_bits(cpu_kernels(LEVELS[0], 3).head(norm, matrix, 1e-5)(x[:count]), found[:count])
 
 
-def router_weights(rows_ED: Tensor, top_k: int, *, normalize: bool, weights: WeightFormat) -> RouterWeights:
-    return RouterWeights(
-        norm_D=random(rows_ED.shape[1], seed=9),
-        router=pack_matrix(rows_ED, weights),
-        top_k=top_k,
-        normalize=normalize,
-        eps=1e-5,
-    )
-
-
 @each_level
 @pytest.mark.parametrize("weights", [WeightFormat.BF16, WeightFormat.F32])
 @settings(deadline=None, max_examples=25)
@@ -242,24 +231,6 @@ def test_a_route_of_no_finite_number_names_experts_all_the_same(level: str, numb
         assert same_bits(new[[0, 2]], old[[0, 2]])
     assert len({*after[1][1].tolist()} & {*range(10)}) == 4
     assert not after[2][1].isfinite().any()
-
-
-def expert_weights(weights: WeightFormat, num_experts: int, hidden: int, width: int) -> list[ExpertWeights]:
-    return [
-        ExpertWeights(
-            gate=weight_matrix(weights, width, hidden, 3 * e),
-            up=weight_matrix(weights, width, hidden, 3 * e + 1),
-            down=weight_matrix(weights, hidden, width, 3 * e + 2),
-        )
-        for e in range(num_experts)
-    ]
-
-
-def random_routes(num_tokens: int, num_experts: int, top_k: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Distinct experts of each token, and weights."""
-    scores = random(num_tokens, num_experts, seed=seed)
-    shares, ids = scores.softmax(-1).topk(top_k)
-    return ids.int(), shares
 
 
 @each_level

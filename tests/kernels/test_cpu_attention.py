@@ -1,96 +1,17 @@
 """The C++ attention against the reference: what it adds to the stream, and what it leaves in the cache."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from cpu_levels import EVERYWHERE, LEVELS, cpu_kernels, each_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_samples import (
-    QUANTIZED,
-    cache_with,
-    paged_step,
-    random,
-    reference_rounding_inputs,
-    scattered_tables,
-    weight_matrix,
-)
-from torch import Tensor
+from kernel_samples import MIXED, QUANTIZED, Batch, attention_weights, reference_rounding_inputs
 
 from localmoe.core.model import QkNorm, WeightFormat
-from localmoe.kernels.base import AttentionWeights, Kernels, PagedStep
+from localmoe.kernels.base import AttentionWeights
 from localmoe.kernels.reference import ReferenceKernels
-
-HIDDEN = 64
-
-
-def attention_weights(
-    weights: WeightFormat, num_heads: int, num_groups: int, head_dim: int, norm: QkNorm | None = None
-) -> AttentionWeights:
-    q_size, k_size = num_heads * head_dim, num_groups * head_dim
-    one = norm is QkNorm.HEAD
-    return AttentionWeights(
-        norm_D=1 + random(HIDDEN, seed=1) / 4,
-        q=weight_matrix(weights, q_size, HIDDEN, 2),
-        k=weight_matrix(weights, k_size, HIDDEN, 3),
-        v=weight_matrix(weights, k_size, HIDDEN, 4),
-        o=weight_matrix(weights, HIDDEN, q_size, 5),
-        q_norm=None if norm is None else 1 + random(head_dim if one else q_size, seed=6) / 4,
-        k_norm=None if norm is None else 1 + random(head_dim if one else k_size, seed=7) / 4,
-        num_heads=num_heads,
-        num_kv_heads=num_groups,
-        eps=1e-5,
-    )
-
-
-class Batch:
-    """Sequences of (cached, new) tokens over scattered blocks; what no sequence has written is NaN."""
-
-    def __init__(
-        self,
-        spans: Sequence[tuple[int, int]],
-        weights: AttentionWeights,
-        *,
-        block_tokens: int = 16,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        head_dim = weights.q.rows // weights.num_heads
-        tables, num_blocks = scattered_tables([cached + new for cached, new in spans], block_tokens)
-        self.step = paged_step(spans, tables, block_tokens, head_dim)
-        shape = (num_blocks, weights.num_kv_heads, head_dim, block_tokens)
-        self.cache = cache_with([cached for cached, _ in spans], tables, shape, dtype)
-        self.x_TD = random(len(self.step.slots_T), HIDDEN, seed=8)
-
-    def parts(self, sizes: Sequence[int]) -> list[tuple[slice, PagedStep]]:
-        """Every sequence alone, and in chunks of these sizes, in turn."""
-        parts: list[tuple[slice, PagedStep]] = []
-        for (row, new, cached), table in zip(self.step.spans_S3.tolist(), self.step.tables_SN, strict=True):
-            done = 0
-            while done < new:
-                count = min(sizes[len(parts) % len(sizes)], new - done)
-                rows = slice(row + done, row + done + count)
-                part = replace(
-                    self.step,
-                    slots_T=self.step.slots_T[rows],
-                    spans_S3=np.array([[0, count, cached + done]], np.int32),
-                    tables_SN=table[None],
-                    cosines_Td=self.step.cosines_Td[rows],
-                    sines_Td=self.step.sines_Td[rows],
-                )
-                parts.append((rows, part))
-                done += count
-        return parts
-
-    def run(self, kernels: Kernels, weights: AttentionWeights, sizes: Sequence[int] = ()) -> tuple[Tensor, ...]:
-        """(x, keys, values) after the step, at once or in parts."""
-        attend, x = kernels.attention(weights), self.x_TD.clone()
-        keys, values = (cache.clone() for cache in self.cache)
-        for rows, step in self.parts(sizes) if sizes else [(slice(None), self.step)]:
-            attend(x[rows], keys, values, step)
-        return x, keys, values
 
 
 def check(level: str, batch: Batch, weights: AttentionWeights) -> None:
@@ -109,9 +30,6 @@ def check(level: str, batch: Batch, weights: AttentionWeights) -> None:
         )
         if rounds_cache and not rounds_inputs:
             assert (found == expected).sum() >= 0.98 * expected.isfinite().sum()
-
-
-MIXED = [(0, 21), (37, 1), (130, 9), (0, 1), (15, 1), (16, 2)]
 
 
 @each_level

@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA devices; `kernels.gpu` puts them behind the operations of `kernels.base`."""
