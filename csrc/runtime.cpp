@@ -257,10 +257,8 @@ void Runtime::route(const float* norm, float eps, const Matrix& router, size_t t
 }
 
 void Runtime::norm(const float* weight, float eps, const float* x, size_t num_tokens, size_t columns, float* h) {
-    Items tokens(num_tokens);
-    pool_.run([&](int) {
-        for (size_t t; tokens.take(t);) kernels_.rms_norm(x + t * columns, weight, columns, eps, h + t * columns);
-    });
+    for_each_token(num_tokens,
+                   [&](size_t t) { kernels_.rms_norm(x + t * columns, weight, columns, eps, h + t * columns); });
 }
 
 Runtime::ExpertPlan::ExpertPlan(size_t num_experts, const int32_t* ids, size_t num_pairs)
@@ -305,12 +303,9 @@ void Runtime::moe_begin(size_t num_experts, const Expert& like, const float* h, 
     auto* codes = moe.codes.get(num_tokens * D / 4);
     auto* scales = moe.scales.get(num_tokens * blocks);
     auto* bias = moe.bias.get(num_tokens * spans);
-    Items tokens(num_tokens);
-    pool_.run([&](int) {
-        for (size_t t; tokens.take(t);) {
-            kernels_.quantize(h + t * D, D, moe.format, reinterpret_cast<int8_t*>(codes + t * D / 4),
-                              scales + t * blocks, bias + t * spans);
-        }
+    for_each_token(num_tokens, [&](size_t t) {
+        kernels_.quantize(h + t * D, D, moe.format, reinterpret_cast<int8_t*>(codes + t * D / 4),
+                          scales + t * blocks, bias + t * spans);
     });
 }
 
@@ -396,20 +391,17 @@ void Runtime::moe_finish(const float* weights, float* x) {
     const Moe& moe = moe_;
     const ExpertPlan& plan = *moe.plan;
     const size_t D = moe.hidden_size, top_k = moe.top_k;
-    Items tokens(moe.num_tokens);
-    pool_.run([&](int) {
-        for (size_t t; tokens.take(t);) {
-            const float* parts[kMaxTopK];
-            float shares[kMaxTopK];
-            size_t count = 0;
-            for (size_t pair = t * top_k; pair < (t + 1) * top_k; ++pair) {
-                const size_t place = plan.place_of[pair];
-                if (!plan.shares[plan.share_of[place]].computed) continue;
-                parts[count] = moe.expert_out.data() + place * D;
-                shares[count++] = weights[pair];
-            }
-            if (count > 0) kernels_.weighted_sum(parts, shares, count, D, x + t * D);
+    for_each_token(moe.num_tokens, [&](size_t t) {
+        const float* parts[kMaxTopK];
+        float shares[kMaxTopK];
+        size_t count = 0;
+        for (size_t pair = t * top_k; pair < (t + 1) * top_k; ++pair) {
+            const size_t place = plan.place_of[pair];
+            if (!plan.shares[plan.share_of[place]].computed) continue;
+            parts[count] = moe.expert_out.data() + place * D;
+            shares[count++] = weights[pair];
         }
+        if (count > 0) kernels_.weighted_sum(parts, shares, count, D, x + t * D);
     });
     moe_.plan.reset();
 }

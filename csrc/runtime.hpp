@@ -75,6 +75,8 @@ private:
 };
 
 class Runtime {
+    static constexpr size_t kFewTokens = 4;
+
 public:
     Runtime(const Kernels& kernels, int num_threads, bool pin) : kernels_(kernels), pool_(num_threads, pin) {}
 
@@ -165,6 +167,18 @@ private:
         std::vector<float> candidates;
     };
 
+    // function(t) for each token: on all threads, or by the caller alone where waking them would take longer.
+    template <class Function>
+    void for_each_token(size_t num_tokens, Function&& function) {
+        if (num_tokens <= kFewTokens) {
+            for (size_t t = 0; t < num_tokens; ++t) function(t);
+            return;
+        }
+        Items tokens(num_tokens);
+        pool_.run([&](int) {
+            for (size_t t; tokens.take(t);) function(t);
+        });
+    }
     size_t group_count(size_t num_tokens) const {
         return (num_tokens + kernels_.token_group - 1) / kernels_.token_group;
     }

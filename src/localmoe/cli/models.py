@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import typer
@@ -14,6 +14,9 @@ from localmoe.catalog.catalog import DEMO_NAME, Catalog
 from localmoe.cli.progress import progress_bars
 from localmoe.config.settings import load_settings
 from localmoe.core.model import WeightFormat
+
+if TYPE_CHECKING:
+    from localmoe.engine.estimate import Estimate
 
 app = typer.Typer(no_args_is_help=True, help="List, make, check and remove the models on this machine.")
 
@@ -107,6 +110,55 @@ def verify(name: ModelName) -> None:
         typer.echo(f"{part.path}: {part.num_tensors} tensors, {_gigabytes(part.size_bytes)}, whole")
 
 
+@app.command(
+    epilog="Examples: localmoe models estimate qwen3-30b-a3b --format mxfp4 · "
+    "localmoe models estimate ~/Mixtral-8x7B-Instruct-v0.1/config.json --ram-bytes 16e9 --streams 8 --json"
+)
+def estimate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="One of `localmoe models list`, olmoe-1b-7b, qwen3-30b-a3b, or the path of a config.json or of a "
+            "GGUF file."
+        ),
+    ],
+    weights: Annotated[
+        Literal["mxfp4", "nvfp4", "int8", "bf16"], typer.Option("--format", help="Format of the experts.")
+    ] = "nvfp4",
+    ram_bytes: Annotated[
+        float | None,
+        typer.Option(min=1, help="RAM to use, as 16e9; by default the server's setting, or what is available."),
+    ] = None,
+    context_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest sequence; by default the server's setting, or the model's.")
+    ] = None,
+    streams: Annotated[int, typer.Option(min=1, max=1024, help="Sequences to decode at once.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Compute threads.", show_default="one per physical core")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Predict whether a model fits and how fast it would be, before it is loaded or even here.
+
+    Measures this machine with a few layers of the model's sizes, for about 10 seconds; they are written to
+    LOCALMOE_HOME and removed again. The memory is divided as `localmoe serve` divides it.
+    """
+    from localmoe.cli.expectations import find_model, predict_model, with_threads
+
+    settings = load_settings()
+    config = with_threads(settings.engine, threads)
+    if ram_bytes is not None:
+        config = dataclasses.replace(config, tiers=dataclasses.replace(config.tiers, ram_bytes=int(ram_bytes)))
+    if context_tokens is not None:
+        config = dataclasses.replace(config, max_context_tokens=context_tokens)
+    found = find_model(model, settings)
+    report = predict_model(found, WeightFormat(weights), settings, config, streams, _say)
+    if as_json:
+        typer.echo(msgspec.json.encode(report).decode())
+    else:
+        _print_estimate(report)
+
+
 @app.command(epilog="Example: localmoe models rm smollm2-8x135m --yes")
 def rm(
     name: ModelName,
@@ -119,6 +171,45 @@ def rm(
         typer.confirm(f"Delete {path} and everything in it?", abort=True)
     catalog.remove(name)
     typer.echo(f"{path} is deleted.")
+
+
+def _print_estimate(report: "Estimate") -> None:
+    console = Console()
+    table, streamed = Table("memory", "size"), report.streamed_layers
+    for share, size_bytes in (
+        ("reserve", report.reserve_bytes),
+        ("keys and values", report.kv_cache_bytes),
+        ("workspace", report.workspace_bytes),
+        ("dense weights" + (f", {streamed} layers streamed" if streamed else ""), report.dense_bytes),
+        (f"{report.num_slots} of {report.num_experts} experts", report.experts_bytes),
+    ):
+        table.add_row(share, _gigabytes(size_bytes))
+    fits = report.num_slots == report.num_experts
+    console.print(f"{report.model}, {report.format}: {_gigabytes(report.store_bytes)} of disk", highlight=False)
+    console.print(table)
+    for line in (
+        f"All experts fit in memory; {_gigabytes(report.whole_bytes)} of RAM are needed."
+        if fits
+        else f"The other experts are read from the disk as they are needed; to hold all takes "
+        f"{_gigabytes(report.whole_bytes)} of RAM. If all are chosen evenly, {report.hit_rate:.0%} of those used are "
+        f"in memory; real text repeats itself and does better.",
+        f"decode, streams: {report.streams}: {report.decode_tok_s:.1f} tok/s; a token reads "
+        f"{report.ram_bytes_per_token / 1e6:.0f} MB from memory and {report.disk_bytes_per_token / 1e6:.0f} MB from "
+        f"the disk; layers wait for {_waits_for(report.decode_limit)}",
+        f"prefill of {report.prompt_tokens} tokens: {report.prefill_tok_s:.0f} tok/s; layers wait for "
+        f"{_waits_for(report.prefill_limit)}",
+        f"measured: memory {report.memory_gb_s:.1f} GB/s, of which decoding takes {report.decode_gb_s:.1f}; disk "
+        f"{report.disk_gb_s:.2f} GB/s; prefill {report.prefill_gop_s:.0f} GOP/s",
+    ):
+        console.print(line, highlight=False)
+
+
+def _waits_for(limit: str) -> str:
+    return "the disk" if limit == "disk" else "the processor"
+
+
+def _say(stage: str) -> None:
+    typer.echo(stage, err=True)
 
 
 def _catalog() -> Catalog:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from localmoe.core.errors import EngineStartError
-from localmoe.core.model import ModelShape
+from localmoe.core.model import ModelShape, WeightFormat
 from localmoe.engine.config import EngineConfig, num_weights
 from localmoe.engine.layer_stream import NUM_BUFFERS, streamed_entries
 from localmoe.formats.store_layout import DenseEntry
@@ -24,6 +24,9 @@ class StoreSizes(Protocol):
 
     @property
     def shape(self) -> ModelShape: ...
+
+    @property
+    def weights(self) -> WeightFormat: ...
 
     @property
     def blob_bytes(self) -> int: ...
@@ -64,6 +67,28 @@ class MemoryPlan:
         )
 
 
+def settle_config(store: StoreSizes, kernels: Kernels, config: EngineConfig, available_bytes: int) -> EngineConfig:
+    """Settle the cache's size and type: beside all weights if one sequence fits there, else beside the dense ones.
+
+    Raises:
+        EngineStartError: not even then.
+    """
+    shape = store.shape
+    left_bytes = _budget_bytes(config, available_bytes)
+    left_bytes -= workspace_bytes(shape, config.max_num_batched_tokens, config.max_num_seqs)
+    stored_bytes = kernels.memory_bytes(store.total_bytes, num_weights(shape))
+    try:
+        return config.resolve(shape, store.weights, left_bytes - stored_bytes)
+    except EngineStartError:
+        dense_bytes = sum(entry.num_bytes for entry in store.dense_entries)
+        return config.resolve(shape, store.weights, left_bytes - dense_bytes)
+
+
+def _budget_bytes(config: EngineConfig, available_bytes: int) -> int:
+    tiers = config.tiers
+    return min(available_bytes, tiers.ram_bytes or available_bytes) - tiers.reserve_bytes
+
+
 def plan_memory(store: StoreSizes, kernels: Kernels, config: EngineConfig, available_bytes: int) -> MemoryPlan:
     """Divide the budget.
 
@@ -74,9 +99,9 @@ def plan_memory(store: StoreSizes, kernels: Kernels, config: EngineConfig, avail
     Raises:
         EngineStartError: not even one layer's choice of experts fits.
     """
-    shape, tiers = store.shape, config.tiers
+    shape = store.shape
     assert config.kv_cache_bytes is not None, "resolved"
-    budget_bytes = min(available_bytes, tiers.ram_bytes or available_bytes) - tiers.reserve_bytes
+    budget_bytes = _budget_bytes(config, available_bytes)
     workspace = workspace_bytes(shape, config.max_num_batched_tokens, config.max_num_seqs)
     dense_bytes = sum(entry.num_bytes for entry in store.dense_entries)
     slot_bytes = stride_bytes(store.blob_bytes)

@@ -3,10 +3,10 @@
 A step goes through its layers one by one. A layer computes, and where not all experts are in memory it reads those
 that it misses meanwhile; whichever takes longer is what the layer takes:
 
-    T = max(compute + misses · t_miss, misses · S / B_disk) + t_wait
+    T = max(compute + misses · t_miss, misses · S / B_disk) + misses · t_wait
 
 With reading ahead, that holds for all of a layer but the first of a step; without, the disk has nothing to do while
-attention computes. t_wait is what this leaves unexplained of a layer that was measured. Experts are taken to be
+attention computes. t_wait is what this leaves unexplained of layers that were measured. Experts are taken to be
 chosen evenly, each by every token as likely as any other. Real text repeats its experts, so more of them are found in
 memory than is said here.
 """
@@ -78,6 +78,10 @@ class StepTimes:
     """Of one layer: attention and experts, with the cost of calling them."""
     rest_s: float
     """Of everything that a step does once: embedding, head, drawing tokens."""
+    miss_s: float
+    """Of the processor's time, for each expert that is read: taking a slot, asking the disk, the checksum."""
+    wait_s: float
+    """For each expert that is read, beyond what the rest explains: it was not expected, or came late."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +96,6 @@ class MachineSpeeds:
     """One token of each stream."""
     prompt: StepTimes
     """One chunk of a prompt."""
-    miss_s: float
-    """Of the processor's time, for each expert that is read: taking a slot, asking the disk, the checksum."""
-    wait_s: float = 0.0
-    """Of a layer that reads, beyond what the rest explains: for reads that were not expected, or came late."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +194,8 @@ def estimate(
         streamed_bytes=len(plan.streamed_layers) * one_layer_bytes,
         prefetch_layers=prefetch_layers,
     )
-    decode_s, layer = predict_step(store, decode, speeds, spread)
-    prompt_s, prompt_layer = predict_step(store, prompt, speeds, spread)
+    decode_s, layer = predict_step(store, decode, speeds.disk_bytes_s, spread)
+    prompt_s, prompt_layer = predict_step(store, prompt, speeds.disk_bytes_s, spread)
     layer_bytes = store.layer_dense_bytes + layer.experts * store.blob_bytes
     return Estimate(
         model=name,
@@ -234,22 +234,18 @@ def distinct_experts(shape: ModelShape, num_tokens: int) -> float:
 
 
 def predict_step(
-    store: PlannedStore, times: StepTimes, speeds: MachineSpeeds, spread: Spread
+    store: PlannedStore, times: StepTimes, disk_bytes_s: float, spread: Spread
 ) -> tuple[float, LayerWork]:
-    """Seconds of a step, and what each of its layers does.
-
-    Args:
-        times: one of those in `speeds`.
-    """
+    """Seconds of a step, and what each of its layers does."""
     shape = store.shape
     experts = distinct_experts(shape, times.num_tokens)
     # What is streamed is spread over the layers, and costs as much for a byte as experts do.
     misses = experts * (1 - spread.hit_rate) + spread.streamed_bytes / shape.num_layers / store.blob_bytes
-    one_read_s = store.blob_bytes / speeds.disk_bytes_s
-    compute_s = times.layer_s + misses * speeds.miss_s
+    one_read_s = store.blob_bytes / disk_bytes_s
+    compute_s = times.layer_s + misses * times.miss_s
     read_s = misses * one_read_s
     layer = LayerWork(experts=experts, read_bytes=misses * store.blob_bytes, compute_s=compute_s, read_s=read_s)
-    wait_s = speeds.wait_s if misses else 0.0
+    wait_s = misses * times.wait_s
     # Until a layer's experts are known, there are no reads of that layer to run beside.
     dense_s = times.layer_s * store.layer_dense_bytes / (store.layer_dense_bytes + experts * store.blob_bytes)
     alone_s = dense_s + max(compute_s - dense_s, read_s) + wait_s

@@ -11,7 +11,7 @@ from localmoe.core.errors import EngineStartError
 from localmoe.core.model import ExpertId
 from localmoe.core.protocols import ExpertExecutor
 from localmoe.core.request import Request, RequestFailed, SamplingParams
-from localmoe.engine.budget import MemoryPlan, plan_memory
+from localmoe.engine.budget import MemoryPlan, plan_memory, settle_config
 from localmoe.engine.config import EngineConfig
 from localmoe.engine.dense import LoadedDense
 from localmoe.engine.engine import Engine
@@ -58,7 +58,7 @@ def load_engine(model: str, store_path: Path, config: EngineConfig, available_me
     torch.set_num_threads(1)
     kernels = select_kernels(config.cpu_level, num_threads, pin=config.pin_threads)
     with Store.open(store_path) as store:
-        config = config.resolve(store.shape, store.weights, available_memory_bytes)
+        config = settle_config(store, kernels, config, available_memory_bytes)
         plan = plan_memory(store, kernels, config, available_memory_bytes)
         if plan.num_slots is None:
             store.check(num_threads)

@@ -1,0 +1,71 @@
+"""The NVIDIA GPUs of this machine, as the kernel and, where its Python package is installed, NVML know them."""
+
+import importlib
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from localmoe.hardware.pcie import PcieLink, pcie_link
+
+logger = logging.getLogger(__name__)
+
+_NVIDIA = 0x10DE
+_DISPLAY, _ACCELERATOR = 0x03, 0x12
+"""PCI base classes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    address: str
+    """On the PCI bus, as 0000:01:00.0."""
+    name: str
+    memory_bytes: int | None
+    """None: nobody says."""
+    link: PcieLink | None
+
+
+def find_gpus(root: Path = Path("/")) -> list[Gpu]:
+    """All of them, whether or not a driver is there.
+
+    Args:
+        root: where `proc/` and `sys/` are; tests point it elsewhere.
+    """
+    gpus = []
+    for device in sorted((root / "sys/bus/pci/devices").glob("*")):
+        vendor, base_class = (int((device / name).read_text(), 16) for name in ("vendor", "class"))
+        if vendor == _NVIDIA and base_class >> 16 in (_DISPLAY, _ACCELERATOR):
+            gpus.append(
+                Gpu(
+                    address=device.name,
+                    name=_name(root / "proc/driver/nvidia/gpus" / device.name / "information"),
+                    memory_bytes=None,
+                    link=pcie_link(device.resolve()),
+                )
+            )
+    return [_ask_nvml(gpu) for gpu in gpus]
+
+
+def _name(information: Path) -> str:
+    if not information.exists():
+        return "NVIDIA GPU"
+    lines = (line.partition(":") for line in information.read_text().splitlines())
+    return {key: value.strip() for key, _, value in lines}.get("Model", "NVIDIA GPU")
+
+
+def _ask_nvml(gpu: Gpu) -> Gpu:
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+    except ImportError:
+        return gpu
+    try:
+        nvml.nvmlInit()
+        try:
+            handle = nvml.nvmlDeviceGetHandleByPciBusId(gpu.address.encode())
+            name, memory = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetMemoryInfo(handle)
+        finally:
+            nvml.nvmlShutdown()
+    except nvml.NVMLError as error:
+        logger.info("NVML does not know %s: %s", gpu.address, error)
+        return gpu
+    return replace(gpu, name=name if isinstance(name, str) else name.decode(), memory_bytes=int(memory.total))
