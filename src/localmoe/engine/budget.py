@@ -111,7 +111,8 @@ def plan_memory(store: StoreSizes, kernels: Kernels, config: EngineConfig, avail
     streamed: tuple[int, ...] = ()
     if kernels.memory_bytes(store.total_bytes, num_weights(shape)) > left_bytes:
         fewest = min(max(shape.top_k, _FEWEST_SLOTS), num_experts)
-        streamed = _streamed_layers(store, dense_bytes - (left_bytes - fewest * slot_bytes))
+        if kernels.in_place:
+            streamed = _streamed_layers(store, dense_bytes - (left_bytes - fewest * slot_bytes))
         if streamed:
             dense_bytes -= (len(streamed) - NUM_BUFFERS) * _streamed_bytes(store)
         num_slots = min((left_bytes - dense_bytes) // slot_bytes, num_experts)

@@ -8,9 +8,9 @@ on in the kernel while the compute threads work. In a layer:
                those, as far as the disk would otherwise be idle
     compute    what is present, then whatever has arrived, until nothing is awaited
 
-A blob is placed when its read begins, and computed with only after it has arrived and its checksum was right. The
-expert that it replaces is removed before. The sum over a token's experts is made at the end, in order of its choices,
-so results do not depend on who was where.
+An expert is removed before the read that replaces it begins, and placed when it has arrived and its checksum was
+right. The sum over a token's experts is made at the end, in order of its choices, so results do not depend on who was
+where.
 """
 
 import logging
@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from localmoe.core.errors import ChecksumError, StoreError
@@ -78,6 +79,16 @@ class TieredExperts:
         self._is_prompt_T = np.zeros(0, np.bool_)
         self._layer_ended_s = 0.0
         self._stall_s = 0.0
+        self._num_failures = 0
+
+    @property
+    def stall_s(self) -> float:
+        """Total time in which there was nothing to do but wait for the disk."""
+        return self._stall_s
+
+    def present(self) -> NDArray[np.bool_]:
+        """Whether each expert [layers, experts] is in memory now."""
+        return self._manager.present()
 
     def shrink(self, num_slots: int) -> None:
         """Give up slots from the end, and the memory of the slots given up; between two steps."""
@@ -92,13 +103,16 @@ class TieredExperts:
         """Totals as of now."""
         disk = self._reader.stats()
         return TierState(
+            num_experts=len(self._entries),
             num_slots=self._manager.num_slots,
+            slot_bytes=self._arena.stride_bytes,
             num_present=self._manager.num_present,
             **asdict(self._manager.counters),
             stall_s=self._stall_s,
             disk_bytes=disk.bytes_read,
             disk_reads=disk.num_reads,
             disk_busy_s=disk.busy_s,
+            disk_errors=self._num_failures,
         )
 
     def begin_step(self, is_prompt_T: Sequence[bool]) -> None:
@@ -149,23 +163,22 @@ class TieredExperts:
                 part, ready = ready[:_EXPERTS_AT_ONCE], ready[_EXPERTS_AT_ONCE:]
                 experts.compute(part)
                 manager.release(layer, part)
-            arrived = self._collect(layer, wait=not ready)
+            self._move()
+            arrived = self._collect(layer, wait=bool(waiting) and not ready)
             ready += [expert for expert in arrived if expert in waiting]
             waiting.difference_update(arrived)
-            self._move()
         experts.finish(weights_TK, x_TD)
 
     def _move(self) -> None:
         """Begin the reads that the manager wants now."""
         if unwanted := self._manager.take_unwanted():
             for expert in self._reader.cancel(unwanted):
-                self._give_up(expert)
+                self._manager.dropped(expert)
         reads = []
         for load in self._manager.plan(self._link.most_reads_ahead):
             if load.evicts is not None:
                 self._layers[load.evicts.layer].remove(load.evicts.expert)
             entry, slot = self._entries[load.expert], self._arena.slot(load.slot)
-            self._layers[load.expert.layer].place(load.expert.expert, self._store.expert_in(slot, entry))
             reads.append(Read(key=load.expert, offset=entry.offset, num_bytes=entry.num_bytes, buffer=slot))
         if reads:
             self._reader.submit(reads)
@@ -181,19 +194,23 @@ class TieredExperts:
         ended = self._reader.collect(wait)
         if wait:
             self._stall_s += time.perf_counter() - started_s
+            assert ended, "what the layer waits for is being read"
         arrived, failures = [], []
         for read in ended:
+            expert, entry = read.key, self._entries[read.key]
             failure = self._failure(read)
             if failure is None:
-                self._manager.arrived(read.key)
-                if read.key.layer == layer:
-                    arrived.append(read.key.expert)
+                self._layers[expert.layer].place(expert.expert, self._store.expert_in(read.buffer, entry))
+                self._manager.arrived(expert)
+                if expert.layer == layer:
+                    arrived.append(expert.expert)
                 continue
             logger.error("%s", failure)
+            self._num_failures += 1
             # One that is not used, yet or any more, may be asked for again, and fail then.
-            if self._manager.is_used(read.key):
+            if self._manager.is_used(expert):
                 failures.append(failure)
-            self._give_up(read.key)
+            self._manager.dropped(expert)
         if failures:
             raise failures[0]
         return arrived
@@ -203,8 +220,3 @@ class TieredExperts:
             return StoreError(read.error)
         damage = find_damage(read.buffer, self._entries[read.key])
         return None if damage is None else ChecksumError(f"{self._store.path}: {damage}")
-
-    def _give_up(self, expert: ExpertId) -> None:
-        """A read came to nothing."""
-        self._layers[expert.layer].remove(expert.expert)
-        self._manager.dropped(expert)

@@ -176,6 +176,11 @@ class Kernels(Protocol):
         """Instructions they are made of: a level of the C++ kernels, or `reference`."""
         ...
 
+    @property
+    def in_place(self) -> bool:
+        """Whether weights are read where they lie at every call, so that their bytes may change between calls."""
+        ...
+
     def memory_bytes(self, stored_bytes: int, num_weights: int) -> int:
         """What a model takes in memory, of this many bytes and weights in its store."""
         ...

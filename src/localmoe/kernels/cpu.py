@@ -62,6 +62,10 @@ class CpuKernels:
 
         return multiply
 
+    @property
+    def in_place(self) -> bool:
+        return True
+
     def memory_bytes(self, stored_bytes: int, num_weights: int) -> int:
         return stored_bytes  # used where the file is mapped
 

@@ -53,6 +53,10 @@ class GpuKernels:
         self._copied: tuple[PagedStep, DeviceStep] | None = None
         """The last step: every layer asks for the same."""
 
+    @property
+    def in_place(self) -> bool:
+        return False
+
     def memory_bytes(self, stored_bytes: int, num_weights: int) -> int:
         return stored_bytes
 

@@ -41,6 +41,10 @@ class ReferenceKernels:
         self.level = "reference"
         self.name = f"{self.level}, {num_threads} threads"
 
+    @property
+    def in_place(self) -> bool:
+        return False
+
     def memory_bytes(self, stored_bytes: int, num_weights: int) -> int:
         return 4 * num_weights
 
