@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,9 +13,12 @@ from localmoe.catalog.catalog import DEMO_NAME
 from localmoe.config.settings import load_settings
 from localmoe.core.plans import SequenceStep
 from localmoe.core.request import Request, SamplingParams, TokenChunk
+from localmoe.engine.budget import MemoryPlan
 from localmoe.engine.config import EngineConfig, kv_bytes_per_token
 from localmoe.engine.engine import Engine
+from localmoe.engine.insight import Insight
 from localmoe.engine.kv_cache import KVCache, place
+from localmoe.engine.observed_experts import ObservedExperts
 from localmoe.kernels.base import Kernels
 from localmoe.kernels.select import select_kernels
 from localmoe.models.decoder import Decoder
@@ -61,7 +65,18 @@ def make_engine(decoder: Decoder, config: EngineConfig, num_blocks: int = 400) -
     """An engine around a loaded decoder, with a float32 cache of this many blocks."""
     block_bytes = config.block_tokens * kv_bytes_per_token(decoder.shape, "f32")
     config = replace(config, kv_cache_bytes=num_blocks * block_bytes, kv_cache_dtype="f32")
-    return Engine("test", decoder, kernels_under_test(), config)
+    return Engine("test", decoder, kernels_under_test(), config, blind_insight(decoder))
+
+
+def blind_insight(decoder: Decoder) -> Insight:
+    """Insight of an engine that nobody looks into: its decoder's experts are not watched."""
+    shape = decoder.shape
+    plan = MemoryPlan(
+        budget_bytes=0, kv_cache_bytes=0, workspace_bytes=0, dense_bytes=0, num_slots=None, slot_bytes=1
+    )
+    present = np.ones((shape.num_layers, shape.num_experts), np.bool_)
+    experts = ObservedExperts(decoder.experts, shape, stall_s=lambda: 0.0, present=lambda: present)
+    return Insight(shape, plan, 1, experts)
 
 
 def greedy(name: str, prompt_ids: list[int], max_tokens: int = 64) -> Request:

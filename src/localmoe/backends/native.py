@@ -9,6 +9,7 @@ from pathlib import Path
 
 from localmoe.core.errors import BackendUnavailableError, EngineDiedError, EngineStartError, LocalMoEError
 from localmoe.core.events import EngineRestarted, EngineState, EventBus
+from localmoe.core.inspection import Inspection
 from localmoe.core.request import Request, TokenChunk
 from localmoe.engine.client import EngineClient
 from localmoe.engine.config import EngineConfig
@@ -80,12 +81,18 @@ class NativeBackend:
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
         """See `core.protocols.Generator.generate`."""
-        client = self._client
-        if client is None or not client.is_ready:
-            raise BackendUnavailableError(f"the engine of {self._model} is not ready: {self._state}")
-        async with contextlib.aclosing(client.generate(request)) as chunks:
+        async with contextlib.aclosing(self._ready_client().generate(request)) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    async def inspect(self) -> Inspection:
+        """See `core.protocols.Inspectable.inspect`."""
+        return await self._ready_client().inspect()
+
+    def _ready_client(self) -> EngineClient:
+        if self._client is None or not self._client.is_ready:
+            raise BackendUnavailableError(f"the engine of {self._model} is not ready: {self._state}")
+        return self._client
 
     async def _start_client(self) -> None:
         self._client = EngineClient(

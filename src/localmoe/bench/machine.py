@@ -14,6 +14,8 @@ READ_BYTES = 2 << 30
 """Too much for any cache to help."""
 _COPY_BYTES = 256 << 20
 _READS_AT_ONCE = 8
+_DISK_BUFFER_BYTES = 32 << 20
+"""Of memory, at most, but for a single read that is larger."""
 _DISK_S = 1.0
 """How long the disk is measured."""
 
@@ -79,7 +81,7 @@ def gpu_copy_bytes_s(num_bytes: int = _COPY_BYTES) -> float | None:
 
 
 def disk_bandwidth_bytes_s(path: Path, read_bytes: int, config: DiskConfig) -> float:
-    """Direct reads of so many bytes at random places of a file, eight at a time.
+    """Direct reads of so many bytes at random places of a file, eight at a time, or fewer if they are large.
 
     Args:
         read_bytes: a multiple of 4096.

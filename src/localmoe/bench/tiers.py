@@ -47,7 +47,7 @@ class TiersReport(msgspec.Struct, frozen=True, kw_only=True):
     read_bytes_per_token: float
     """With what was read ahead in vain."""
     disk_gb_s: float
-    """Best of random reads of one expert's size, eight at a time, before and after."""
+    """Best of random reads of one expert's size, before and after."""
     compute_ms: float
     """Of a step, without the time that it only waited for the disk."""
     stall_ms: float
@@ -114,6 +114,7 @@ def measure_tiers(
         begun = experts.state()
         steps_s = [bench.step(1, 1, position)[0] for position in range(DECODE_STEPS)]
         ended = experts.state()
+        del bench, decoder, experts  # their memory is all there is
         say("reading the disk once more")
         disk_bytes_s = max(before, disk_bandwidth_bytes_s(store_path, store.blob_bytes, config.tiers.disk))
     step_s = statistics.mean(steps_s)

@@ -109,7 +109,7 @@ class ChatClient:
         except httpx2.TransportError as error:
             raise self._unreachable(error) from error
         if not response.is_success:
-            raise _refusal(response)
+            raise refusal(response)
         try:
             models = msgspec.json.decode(response.content, type=_ModelList).data
         except msgspec.MsgspecError as error:
@@ -135,7 +135,7 @@ class ChatClient:
             with self._http.sse("/v1/chat/completions", method="POST", json=body) as events:
                 if not events.response.is_success:
                     events.response.read()
-                    raise _refusal(events.response)
+                    raise refusal(events.response)
                 for event in events:
                     if event.data == "[DONE]":
                         return
@@ -160,7 +160,8 @@ def _texts(data: str) -> Iterator[str]:
             yield choice.delta.content
 
 
-def _refusal(response: httpx2.Response) -> LocalMoEError:
+def refusal(response: httpx2.Response) -> LocalMoEError:
+    """What a server says in an answer that is no success."""
     try:
         message = msgspec.json.decode(response.content, type=_ErrorBody).error.message
     except msgspec.MsgspecError:
@@ -244,7 +245,8 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _open_client(url: str) -> httpx2.Client:
+def open_client(url: str) -> httpx2.Client:
+    """For requests to a server."""
     is_loopback = httpx2.URL(url).host in {"127.0.0.1", "::1", "localhost"}
     # A proxy from the environment leads to other machines, never to this one.
     return httpx2.Client(base_url=url, timeout=TIMEOUT, trust_env=not is_loopback)
@@ -253,11 +255,11 @@ def _open_client(url: str) -> httpx2.Client:
 def _connect(stack: ExitStack, model: str | None, url: str | None) -> tuple[ChatClient, str]:
     """A client for the server to talk to, and the model's name there; what was started ends with `stack`."""
     if url is not None:
-        client = ChatClient(stack.enter_context(_open_client(url)))
+        client = ChatClient(stack.enter_context(open_client(url)))
         return client, model or client.first_model()
     settings = load_settings()
     with Console(stderr=True).status("Looking for a server …") as status:
-        client = ChatClient(stack.enter_context(_open_client(f"http://{settings.host}:{settings.port}")))
+        client = ChatClient(stack.enter_context(open_client(f"http://{settings.host}:{settings.port}")))
         if client.is_live():
             status.update("Waiting for the server to be ready …")
             client.wait_ready(lambda: None)
@@ -269,7 +271,7 @@ def _connect(stack: ExitStack, model: str | None, url: str | None) -> tuple[Chat
         command = [sys.executable, "-m", "localmoe", "serve", "--port", "0", *(["--", model] if model else [])]
         server = stack.enter_context(ServerProcess(command))
         own_url = server.wait_listening(lambda line: status.update(escape(line)))
-        client = ChatClient(stack.enter_context(_open_client(own_url)))
+        client = ChatClient(stack.enter_context(open_client(own_url)))
         status.update("Loading the model …")
         client.wait_ready(server.check_alive)
         return client, client.first_model()

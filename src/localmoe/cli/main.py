@@ -12,6 +12,8 @@ import typer
 from localmoe import __version__
 from localmoe.cli.bench import app as bench_app
 from localmoe.cli.chat import chat
+from localmoe.cli.doctor import doctor
+from localmoe.cli.inspect import app as inspect_app
 from localmoe.cli.models import app as models_app
 from localmoe.cli.serve import serve
 from localmoe.core.errors import LocalMoEError
@@ -19,8 +21,10 @@ from localmoe.core.errors import LocalMoEError
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(serve)
 app.command()(chat)
+app.command()(doctor)
 app.add_typer(models_app, name="models")
 app.add_typer(bench_app, name="bench")
+app.add_typer(inspect_app, name="inspect")
 
 
 def _print_version(wanted: bool) -> None:
@@ -46,7 +50,11 @@ def localmoe(
 
       localmoe models list
 
+      localmoe doctor
+
       localmoe bench engine
+
+      localmoe inspect experts
     """
 
 

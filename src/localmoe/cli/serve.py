@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ipaddress
+import os
 import signal
 import socket
 import subprocess
@@ -48,6 +49,14 @@ def serve(
     config: Annotated[
         Path | None, typer.Option(help="YAML or JSON file of settings; see docs/settings.md.", show_default=False)
     ] = None,
+    routing_trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="File to write down in which experts are chosen, for `localmoe bench cache`; packed if it ends in "
+            ".gz.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Serve a model over the OpenAI API.
 
@@ -62,6 +71,10 @@ def serve(
       localmoe serve mixtral --profile low_latency --config site.yaml
     """
     settings = load_settings(config=config, profile=profile, on_note=lambda note: _say(f"note: {note}"))
+    if routing_trace is not None:
+        engine = replace(settings.engine, routing_trace=str(routing_trace))
+        settings = settings.model_copy(update={"engine": engine})
+    _check_writable(settings.engine.routing_trace)
     listener = _bind(host or settings.host, settings.port if port is None else port)
     with listener:
         catalog = Catalog(settings.home)
@@ -69,6 +82,18 @@ def serve(
         import uvloop
 
         uvloop.run(_serve(settings, catalog, model, weights, threads, listener))
+
+
+def _check_writable(trace: str | None) -> None:
+    """Refuse a trace that cannot be written before anything slow happens. Raises ConfigError."""
+    if trace is None:
+        return
+    path = Path(trace).absolute()
+    parent = path.parent
+    if path.is_dir():
+        raise ConfigError(f"routing_trace is {trace!r}, which is a directory; name a file in it")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"routing_trace is {trace!r}, but {parent} is no directory that can be written to")
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -182,6 +207,7 @@ async def _serve(
         text=TextModel.load(catalog.path(model)),
         context_tokens=min(context_tokens, engine.max_context_tokens or context_tokens),
         generator=backend,
+        inspectable=backend,
     )
     app = create_app([served], config=settings.gateway, bus=bus, render_metrics=Metrics(bus).render)
     await _run(backend, app, listener, f"{model} ({weights})")

@@ -34,8 +34,12 @@ class RequestFinished:
 class TierState(msgspec.Struct, frozen=True, kw_only=True):
     """Where an engine finds experts that are not all in memory: totals since start."""
 
+    num_experts: int
+    """Of all layers together."""
     num_slots: int
     """Experts that fit in RAM."""
+    slot_bytes: int
+    """RAM that one takes."""
     num_present: int
     """Experts in RAM now."""
     hits: int
@@ -57,6 +61,8 @@ class TierState(msgspec.Struct, frozen=True, kw_only=True):
     disk_bytes: int
     disk_busy_s: float
     """Time in which the disk had something to read."""
+    disk_errors: int
+    """Reads that failed, or brought something damaged."""
 
 
 class EngineState(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +82,10 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     """Guessed tokens that were run through the model since start (speculative decoding)."""
     num_accepted_tokens: int
     """Those of them that proved right."""
+    num_layer_runs: int = 0
+    """Layers run since start: those of the model, for each step."""
+    layers_s: float = 0.0
+    """Time that this took, waiting for experts included."""
     tiers: TierState | None = None
     """None where all experts are in memory."""
 

@@ -35,6 +35,11 @@ class SequenceStep:
     def draft_ids(self) -> tuple[int, ...]:
         return self.token_ids[len(self.token_ids) - self.num_drafts :]
 
+    @property
+    def computes_prompt(self) -> bool:
+        """Whether it has more tokens than the last known one and a draft."""
+        return len(self.token_ids) > self.num_drafts + 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:

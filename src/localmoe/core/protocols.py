@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Protocol, TypeVar
 
 from localmoe.core.events import TierState
+from localmoe.core.inspection import Inspection
 from localmoe.core.request import Request, TokenChunk
 
 T = TypeVar("T")
@@ -24,6 +25,18 @@ class Generator(Protocol):
     @property
     def is_ready(self) -> bool:
         """Whether a request would be admitted now."""
+        ...
+
+
+class Inspectable(Protocol):
+    """An engine that lets others see what its experts and memory are doing."""
+
+    async def inspect(self) -> Inspection:
+        """Everything as of now.
+
+        Raises:
+            BackendUnavailableError: there is no engine now, or it is too busy to say.
+        """
         ...
 
 

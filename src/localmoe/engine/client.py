@@ -22,6 +22,7 @@ import zmq
 import zmq.asyncio
 
 from localmoe.core.errors import (
+    BackendUnavailableError,
     EngineDiedError,
     EngineFaultError,
     EngineStartError,
@@ -29,9 +30,20 @@ from localmoe.core.errors import (
     OverloadedError,
 )
 from localmoe.core.events import EngineState
+from localmoe.core.inspection import Inspection
 from localmoe.core.request import Request, RequestFailed, TokenChunk
 from localmoe.engine.config import EngineConfig
-from localmoe.engine.messages import Cancel, FromEngine, Launch, Outputs, Ready, Submit, ToEngine
+from localmoe.engine.messages import (
+    Cancel,
+    FromEngine,
+    Inspect,
+    Inspected,
+    Launch,
+    Outputs,
+    Ready,
+    Submit,
+    ToEngine,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +76,8 @@ class EngineClient:
         self._available_memory_bytes = available_memory_bytes
         self._on_state = on_state
         self._streams: dict[str, asyncio.Queue[TokenChunk | LocalMoEError]] = {}
+        self._inspection: asyncio.Future[Inspection] | None = None
+        """What the engine was asked for and has not told yet."""
         self._wire_ids = itertools.count()
         self._last_heard_s = 0.0
         loop = asyncio.get_running_loop()
@@ -127,6 +141,23 @@ class EngineClient:
                 with contextlib.suppress(EngineDiedError):
                     await self._send(Cancel(wire_id))
 
+    async def inspect(self) -> Inspection:
+        """See `core.protocols.Inspectable.inspect`. Those who ask at the same time share one answer."""
+        if not self.is_ready:
+            raise EngineDiedError("the engine is not running")
+        if self._inspection is None:
+            self._inspection = asyncio.get_running_loop().create_future()
+            try:
+                await self._send(Inspect())
+            except BaseException:
+                self._end_inspection("the engine was not asked")
+                raise
+        try:
+            async with asyncio.timeout(self._config.hang_timeout_s):
+                return await asyncio.shield(self._inspection)
+        except TimeoutError as error:
+            raise BackendUnavailableError("the engine is busy with a long step; try again later") from error
+
     async def _spawn(self, address: str) -> None:
         self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
         self._cleanup.callback(self._socket.close, linger=0)
@@ -165,6 +196,10 @@ class EngineClient:
                     for item in message.items:
                         self._deliver(item)
                     self._on_state(message.state)
+                elif isinstance(message, Inspected):
+                    if self._inspection is not None:
+                        self._inspection.set_result(message.inspection)
+                        self._inspection = None
                 elif isinstance(message, Ready):
                     self._ready.set_result(None)
                 elif not self._ready.done():
@@ -205,9 +240,16 @@ class EngineClient:
         if not self._ready.done():
             self._ready.set_exception(EngineDiedError(f"{reason} before it was ready"))
         self._ready.exception()  # seen; nobody may be waiting any more
+        self._end_inspection(reason)
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream.put_nowait(EngineDiedError(reason))
+
+    def _end_inspection(self, reason: str) -> None:
+        inspection, self._inspection = self._inspection, None
+        if inspection is not None:
+            inspection.set_exception(EngineDiedError(reason))
+            inspection.exception()  # seen; nobody may be waiting any more
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:

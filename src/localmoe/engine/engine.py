@@ -2,15 +2,18 @@
 
 import logging
 import time
+from pathlib import Path
 
 import torch
 
 from localmoe.core.errors import InvalidRequestError
 from localmoe.core.events import EngineState
+from localmoe.core.inspection import Inspection
 from localmoe.core.request import Request, RequestFailed, TokenChunk
 from localmoe.engine.block_pool import BlockPool
 from localmoe.engine.config import EngineConfig, kv_bytes_per_token
 from localmoe.engine.executor import Executor
+from localmoe.engine.insight import Insight
 from localmoe.engine.kv_cache import KVCache
 from localmoe.engine.scheduler import Scheduler
 from localmoe.engine.speculation import SpeculationController
@@ -28,9 +31,12 @@ class Engine:
         decoder: with its weights loaded.
         kernels: draw tokens.
         config: resolved, that is with a `kv_cache_bytes` and a `kv_cache_dtype`.
+        insight: into the decoder's experts.
     """
 
-    def __init__(self, model: str, decoder: Decoder, kernels: Kernels, config: EngineConfig) -> None:
+    def __init__(
+        self, model: str, decoder: Decoder, kernels: Kernels, config: EngineConfig, insight: Insight
+    ) -> None:
         assert config.kv_cache_bytes is not None, "resolved against the model's shape"
         self._model = model
         self._shape = shape = decoder.shape
@@ -42,6 +48,7 @@ class Engine:
         self._pool = BlockPool(num_blocks)
         self._speculation = SpeculationController()
         self._scheduler = Scheduler(config, self._pool, self._speculation)
+        self._insight = insight
         self._executor = Executor(decoder, KVCache(shape, num_blocks, config.block_tokens, dtype), kernels)
 
     @property
@@ -79,6 +86,7 @@ class Engine:
         plan = self._scheduler.schedule()
         if plan is None:
             return []
+        self._insight.experts.begin(plan)
         started_s = time.perf_counter()
         try:
             results = self._executor.execute(plan)
@@ -89,9 +97,26 @@ class Engine:
         self._speculation.observe(plan, time.perf_counter() - started_s)
         return self._scheduler.update(plan, results)
 
+    def forget(self) -> None:
+        """Begin to count heat and times anew."""
+        self._insight.experts.forget()
+
+    def record_routing(self, path: Path) -> None:
+        """From now on write down in a file which experts are chosen; see `engine/routing_trace.py`."""
+        self._insight.record_routing(self._model, path)
+
+    def rest(self) -> None:
+        """No step follows for a while."""
+        self._insight.experts.rest()
+
+    def inspect(self) -> Inspection:
+        """Its experts and memory in full, as of now."""
+        return self._insight.inspect(self.state())
+
     def state(self) -> EngineState:
         """Gauges and totals as of now."""
         scheduler, pool = self._scheduler, self._pool
+        num_layer_runs, layers_s = self._insight.experts.totals()
         return EngineState(
             model=self._model,
             num_running=scheduler.num_running,
@@ -103,5 +128,7 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             num_draft_tokens=scheduler.num_draft_tokens,
             num_accepted_tokens=scheduler.num_accepted_tokens,
+            num_layer_runs=num_layer_runs,
+            layers_s=layers_s,
             tiers=self._executor.tier_state(),
         )

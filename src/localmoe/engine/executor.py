@@ -36,9 +36,7 @@ class Executor:
         steps = list(plan.sequences)
         token_ids_T = torch.tensor([token for step in steps for token in step.token_ids], dtype=torch.int32)
         placed = place(steps, self._cache.block_tokens, self._decoder.frequencies)
-        self._decoder.experts.begin_step(
-            [len(step.token_ids) > step.num_drafts + 1 for step in steps for _ in step.token_ids]
-        )
+        self._decoder.experts.begin_step([step.computes_prompt for step in steps for _ in step.token_ids])
         hidden_TD = self._decoder.forward(token_ids_T, self._cache, placed)
 
         ends = list(accumulate(len(step.token_ids) for step in steps))

@@ -1,13 +1,14 @@
 """What the engine's process and its client say to each other: MessagePack over one ZeroMQ pair.
 
 Client to engine: first `Launch` (as one line of JSON on standard input, which then stays open as the engine's
-lifeline), later `Submit` and `Cancel` in any number. Engine to client: `Ready` or `StartFailed` once, then
-`Outputs` after each step.
+lifeline), later `Submit`, `Cancel` and `Inspect` in any number. Engine to client: `Ready` or `StartFailed` once, then
+`Outputs` after each step, and one `Inspected` for each `Inspect`.
 """
 
 import msgspec
 
 from localmoe.core.events import EngineState
+from localmoe.core.inspection import Inspection
 from localmoe.core.request import Request, RequestFailed, TokenChunk
 from localmoe.engine.config import EngineConfig
 
@@ -33,6 +34,10 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     request_id: str
 
 
+class Inspect(msgspec.Struct, frozen=True, tag=True):
+    """Asks for everything there is to know, between two steps."""
+
+
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The model is loaded and warm."""
 
@@ -50,5 +55,9 @@ class Outputs(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     state: EngineState
 
 
-ToEngine = Submit | Cancel
-FromEngine = Ready | StartFailed | Outputs
+class Inspected(msgspec.Struct, frozen=True, tag=True):
+    inspection: Inspection
+
+
+ToEngine = Submit | Cancel | Inspect
+FromEngine = Ready | StartFailed | Outputs | Inspected

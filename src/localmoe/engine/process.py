@@ -19,7 +19,18 @@ import zmq
 
 from localmoe.core.errors import LocalMoEError, OverloadedError
 from localmoe.core.request import RequestFailed, TokenChunk
-from localmoe.engine.messages import Cancel, FromEngine, Launch, Outputs, Ready, StartFailed, ToEngine
+from localmoe.engine.messages import (
+    Cancel,
+    FromEngine,
+    Inspect,
+    Inspected,
+    Launch,
+    Outputs,
+    Ready,
+    StartFailed,
+    ToEngine,
+)
+from localmoe.hardware.memory import process_memory_bytes
 
 if TYPE_CHECKING:
     from localmoe.engine.engine import Engine
@@ -35,11 +46,15 @@ def serve(engine: "Engine", socket: "zmq.Socket[bytes]") -> None:
     while True:
         items: list[TokenChunk | RequestFailed] = []
         if not engine.has_work:
+            engine.rest()
             socket.poll()
         while socket.poll(0):
             message = decoder.decode(socket.recv())
             if isinstance(message, Cancel):
                 engine.cancel(message.request_id)
+                continue
+            if isinstance(message, Inspect):
+                socket.send(encoder.encode(Inspected(engine.inspect())))
                 continue
             try:
                 engine.add(message.request)
@@ -71,8 +86,12 @@ def main() -> None:
         socket.send(msgspec.msgpack.encode(message))
 
     try:
-        engine = load_engine(launch.model, Path(launch.store_path), launch.config, launch.available_memory_bytes)
+        # What the libraries took is gone, too: it was there when the client looked.
+        available_bytes = launch.available_memory_bytes - process_memory_bytes()
+        engine = load_engine(launch.model, Path(launch.store_path), launch.config, available_bytes)
         warm_up(engine)
+        if launch.config.routing_trace is not None:
+            engine.record_routing(Path(launch.config.routing_trace))
     except Exception as error:
         # Whatever it was, the client hears why. What nobody foresaw, as weights that kernels refuse, is traced too.
         if not isinstance(error, LocalMoEError):

@@ -10,7 +10,7 @@ from starlette.middleware import Middleware
 import localmoe
 from localmoe.core.errors import LocalMoEError
 from localmoe.core.events import EventBus
-from localmoe.gateway import chat, completions, health, models, tokens
+from localmoe.gateway import chat, completions, experts, health, models, tokens
 from localmoe.gateway.config import GatewayConfig
 from localmoe.gateway.context import GatewayContext, ServedModel
 from localmoe.gateway.errors import handle_http_exception, handle_known_error, handle_validation_error
@@ -58,6 +58,7 @@ def create_app(
         completions.router(context),
         models.router(context),
         tokens.router(context),
+        experts.router(context),
         health.router(context, render_metrics),
     ):
         app.include_router(router)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from localmoe.core.errors import ModelNotFoundError
 from localmoe.core.events import EventBus
-from localmoe.core.protocols import Generator
+from localmoe.core.protocols import Generator, Inspectable
 from localmoe.gateway.config import GatewayConfig
 from localmoe.text.text_model import TextModel
 
@@ -21,6 +21,8 @@ class ServedModel:
     context_tokens: int
     """Prompt and answer together may not be longer."""
     generator: Generator
+    inspectable: Inspectable | None = None
+    """The same engine, where it can be looked into."""
 
 
 @dataclass(frozen=True, kw_only=True)

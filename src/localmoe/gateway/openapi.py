@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
+from localmoe.core.inspection import InspectionList
 from localmoe.gateway.chat_schema import ChatCompletionChunk
 from localmoe.gateway.errors import ErrorResponse
 
@@ -25,13 +27,19 @@ def stream_or(chunk: str) -> dict[str, Any]:
     }
 
 
+def ref_to(schema: type) -> dict[str, str]:
+    """Names a schema that `DocumentedApp` adds."""
+    return {"$ref": _REF.format(model=schema.__name__)}
+
+
 class DocumentedApp(FastAPI):
-    """Adds to the documentation the schema that no route returns as a whole body: a stream's chunk."""
+    """Adds to the documentation the schemas that FastAPI does not find: a stream's chunk, and those of msgspec."""
 
     def openapi(self) -> dict[str, Any]:
         """See `FastAPI.openapi`."""
         document = super().openapi()
         _, chunk = models_json_schema([(ChatCompletionChunk, "serialization")], ref_template=_REF)
-        for name, schema in chunk["$defs"].items():
+        _, inspection = msgspec.json.schema_components([InspectionList], ref_template=_REF.format(model="{name}"))
+        for name, schema in (chunk["$defs"] | inspection).items():
             document["components"]["schemas"].setdefault(name, schema)
         return document

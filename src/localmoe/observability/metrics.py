@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from localmoe.core.events import EngineRestarted, EngineState, Event, EventBus, RequestFinished
+from localmoe.observability.tier_metrics import TierMetrics, increase
 
 _MODEL = ["model_name"]
 _TTFT_BUCKETS_S = (
@@ -77,6 +78,7 @@ class Metrics:
             _MODEL,
             registry=registry,
         )
+        self._tiers = TierMetrics(registry)
         bus.subscribe(self._on_event)
 
     def render(self) -> tuple[bytes, str]:
@@ -128,5 +130,5 @@ class Metrics:
             (self._draft_tokens, event.num_draft_tokens, last.num_draft_tokens if last else 0),
             (self._accepted_tokens, event.num_accepted_tokens, last.num_accepted_tokens if last else 0),
         ):
-            # Totals begin anew with a new engine process.
-            counter.labels(event.model).inc(total - before if total >= before else total)
+            increase(counter.labels(event.model), total, before)
+        self._tiers.on_state(event, last)

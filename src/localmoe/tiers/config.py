@@ -38,7 +38,7 @@ class TiersConfig:
     policy: Literal["adaptive", "lru", "lfu"] = "adaptive"
     """Which experts to keep: what is worth most by all that was seen, or what was used last, or most often."""
     placement: tuple[str, ...] = ()
-    """Ordered rules `PATTERN=PLACE` over names such as `layers.3.experts.17`, the first that matches decides: `ram` is
+    """Ordered rules `PATTERN=PLACE` over names such as `layers.3.experts.17`; the first match decides. `ram` is
     kept once read, `disk` goes first once used, `auto` is up to the policy."""
     prefetch_layers: int = 1
     """Read ahead, while the disk is idle, what so many of the following layers are expected to use; 0: nothing."""

@@ -14,8 +14,8 @@ from localmoe.bench.engine import (
     PREFILLS,
     EngineReport,
     RecordingExperts,
+    StepBench,
     Workload,
-    _Bench,
     check_memory,
     measure_engine,
     step_bytes,
@@ -150,15 +150,15 @@ def test_steps_are_held_against_the_best_read_before_or_after_them(
 
 
 def test_a_step_takes_the_mean_of_those_that_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, count = _Bench._step, itertools.count()
+    original, count = StepBench.step, itertools.count()
 
-    def step(self: _Bench, *arguments: int) -> tuple[float, NDArray[np.int32]]:
+    def step(self: StepBench, *arguments: int) -> tuple[float, NDArray[np.int32]]:
         """Decodes first one stream, then four: the first two steps and the last of each take long."""
         _, ids_LTK = original(self, *arguments)
         place = (next(count) - 1 - PREFILLS) % DECODE_STEPS
         return {0: 10.0, 1: 10.0, DECODE_STEPS - 1: 0.1 * (DECODE_STEPS - 2)}.get(place, 1e-9), ids_LTK
 
-    monkeypatch.setattr(_Bench, "_step", step)
+    monkeypatch.setattr(StepBench, "step", step)
     monkeypatch.setattr("localmoe.bench.engine._DECODE_LIMIT_S", 100.0)
     report = measure(find_model(str(write_config(tmp_path / "tiny.json"))), "mxfp4", tmp_path)
     assert report.aggregate_tok_s == pytest.approx({1: 10.0, 4: 40.0})

@@ -172,7 +172,7 @@ def test_a_failure_ends_a_pipe(
 
 def test_a_failure_is_shown_and_forgotten_by_a_person(capsys: pytest.CaptureFixture[str]) -> None:
     failure = sse(delta("Hel"), '{"error": {"message": "engine died"}}')
-    with FakeServer(failure, HELLO) as server, chat_module._open_client(server.url) as http:
+    with FakeServer(failure, HELLO) as server, chat_module.open_client(server.url) as http:
         conversation = Conversation(ChatClient(http), model="m", system=None, sampling=Sampling())
         converse(conversation, iter(["one", "two"]), interactive=True)
     assert capsys.readouterr() == ("Hel\nHello\n", "error: engine died\n")
@@ -182,7 +182,7 @@ def test_a_failure_is_shown_and_forgotten_by_a_person(capsys: pytest.CaptureFixt
 def test_control_characters_do_not_reach_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with (
         FakeServer(sse(delta("a\x1b[2J\tb\nc\x9b"), "[DONE]")) as server,
-        chat_module._open_client(server.url) as http,
+        chat_module.open_client(server.url) as http,
     ):
         conversation = Conversation(ChatClient(http), model="m", system=None, sampling=Sampling())
         converse(conversation, iter(["x"]), interactive=True)

@@ -38,7 +38,7 @@ def test_version() -> None:
 def test_help_lists_every_command() -> None:
     result = run("--help")
     assert result.returncode == 0
-    for command in ("serve", "chat", "models", "bench"):
+    for command in ("serve", "chat", "models", "bench", "inspect"):
         assert f" {command} " in result.stdout
 
 

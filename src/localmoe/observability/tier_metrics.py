@@ -1,0 +1,78 @@
+"""Metrics of engines whose experts are not all in memory, and of layers.
+
+A tier is where an expert was found: `ram`, or `disk` if it had to be read. A link is what experts pass over,
+`disk_ram`; its bytes by its busy seconds are its speed, by time how much it is used.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from localmoe.core.events import EngineState
+
+_LINK = "disk_ram"
+
+
+class TierMetrics:
+    """Metrics of one registry; totals come from the engines' states."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, documentation: str, *labels: str) -> Counter:
+            return Counter(f"localmoe_{name}", documentation, ["model_name", *labels], registry=registry)
+
+        def gauge(name: str, documentation: str, *labels: str) -> Gauge:
+            return Gauge(f"localmoe_{name}", documentation, ["model_name", *labels], registry=registry)
+
+        self._slots = gauge("expert_slots", "Experts that fit in a tier.", "tier")
+        self._present = gauge("experts_present", "Experts that are in a tier now.", "tier")
+        self._present_bytes = gauge("experts_present_bytes", "Memory that they take.", "tier")
+        self._uses = counter(
+            "expert_uses", "Uses of an expert, in a layer and step, by where it was found.", "tier"
+        )
+        self._evictions = counter("expert_evictions", "Experts given up for others.", "tier")
+        self._prefetches = counter("expert_prefetches", "Experts read ahead.")
+        self._outcomes = counter(
+            "expert_prefetch_outcomes",
+            "What became of them: useful (used, and there in time), late (used, but still being read) or wasted.",
+            "outcome",
+        )
+        self._transfers = counter("link_transfers", "Experts moved.", "link")
+        self._bytes = counter("link_bytes", "Bytes moved.", "link")
+        self._busy = counter("link_busy_seconds", "Time with something to move.", "link")
+        self._stall = counter("link_stall_seconds", "Time with nothing to do but wait for the link.", "link")
+        self._errors = counter("link_errors", "Transfers that failed, or brought something damaged.", "link")
+        self._layers = counter("layers", "Layers run, a model's for each step.")
+        self._layer_seconds = counter("layer_seconds", "Time in which layers ran, waiting for experts included.")
+
+    def on_state(self, state: EngineState, last: EngineState | None) -> None:
+        """Take in a state, given the one before."""
+        model = state.model
+        increase(self._layers.labels(model), state.num_layer_runs, last.num_layer_runs if last else 0)
+        increase(self._layer_seconds.labels(model), state.layers_s, last.layers_s if last else 0.0)
+        tiers, earlier = state.tiers, last.tiers if last else None
+        if tiers is None:
+            if earlier is not None:  # the engine is gone
+                for level in (self._slots, self._present, self._present_bytes):
+                    level.labels(model, "ram").set(0)
+            return
+        self._slots.labels(model, "ram").set(tiers.num_slots)
+        self._present.labels(model, "ram").set(tiers.num_present)
+        self._present_bytes.labels(model, "ram").set(tiers.num_present * tiers.slot_bytes)
+        for counter, field in (
+            (self._uses.labels(model, "ram"), "hits"),
+            (self._uses.labels(model, "disk"), "misses"),
+            (self._evictions.labels(model, "ram"), "evictions"),
+            (self._prefetches.labels(model), "prefetches"),
+            (self._outcomes.labels(model, "useful"), "prefetches_useful"),
+            (self._outcomes.labels(model, "late"), "prefetches_late"),
+            (self._outcomes.labels(model, "wasted"), "prefetches_wasted"),
+            (self._transfers.labels(model, _LINK), "disk_reads"),
+            (self._bytes.labels(model, _LINK), "disk_bytes"),
+            (self._busy.labels(model, _LINK), "disk_busy_s"),
+            (self._stall.labels(model, _LINK), "stall_s"),
+            (self._errors.labels(model, _LINK), "disk_errors"),
+        ):
+            increase(counter, getattr(tiers, field), getattr(earlier, field, 0))
+
+
+def increase(counter: Counter, total: float, before: float) -> None:
+    """Count what a total has grown by; totals begin anew with a new engine process."""
+    counter.inc(total - before if total >= before else total)
