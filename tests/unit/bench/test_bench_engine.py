@@ -40,6 +40,7 @@ from support.bench_models import (
     write_config,
     write_moe_gguf,
 )
+from support.models import FakeExperts
 
 pytest.importorskip("localmoe._cpu")
 
@@ -102,14 +103,11 @@ def test_gguf(tmp_path: Path, arch: str) -> None:
 def test_recorder_sees_what_was_computed() -> None:
     computed = []
 
-    def experts(layer: int, *tensors: torch.Tensor) -> None:
-        computed.append((layer, tensors[1]))
-
-    recorder = RecordingExperts(experts)
+    recorder = RecordingExperts(FakeExperts(lambda layer, h, ids, weights, x: computed.append((layer, ids))))
     x_TD, weights_TK = torch.zeros(2, 4), torch.ones(2, 1)
     for step in range(2):
         for layer in range(3):
-            recorder(layer, x_TD, torch.full((2, 1), 10 * step + layer, dtype=torch.int32), weights_TK, x_TD)
+            recorder(layer, x_TD, torch.full((2, 1), 10 * step + layer, dtype=torch.int32), weights_TK, x_TD, [])
         assert recorder.take()[:, :, 0].tolist() == [[10 * step + layer] * 2 for layer in range(3)]
     assert [layer for layer, _ in computed] == [0, 1, 2] * 2
 
