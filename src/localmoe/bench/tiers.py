@@ -2,20 +2,20 @@
 
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
-from localmoe.bench.engine import DECODE_STEPS, StepBench, Workload, cache_blocks, check_context
+from localmoe.bench.engine import DECODE_STEPS, PREFILLS, StepBench, Workload, cache_blocks, check_context
 from localmoe.bench.machine import cpu_name, disk_bandwidth_bytes_s
 from localmoe.bench.shapes import BenchModel
 from localmoe.core.errors import ConfigError
+from localmoe.core.events import TierState
 from localmoe.core.model import WeightFormat
-from localmoe.engine.budget import plan_memory
+from localmoe.engine.budget import MemoryPlan, plan_memory
 from localmoe.engine.config import EngineConfig, kv_bytes_per_token
 from localmoe.engine.load import load_tiered
-from localmoe.engine.tiered_experts import TieredExperts
 from localmoe.formats.store import Store
 from localmoe.kernels.base import Kernels
 
@@ -79,17 +79,8 @@ def measure_tiers(
         StoreError: the store is damaged.
     """
     check_context(model, workload)
-    num_threads = config.num_threads
-    assert num_threads is not None
     with Store.open(store_path) as store:
-        kv_tokens = cache_blocks(workload, config.block_tokens) * config.block_tokens
-        config = replace(
-            config,
-            kv_cache_bytes=kv_tokens * kv_bytes_per_token(store.shape, "bf16"),
-            kv_cache_dtype="bf16",
-            max_num_batched_tokens=workload.prompt_tokens,
-            max_num_seqs=1,
-        )
+        config = _config_for(workload, config, store)
         plan = plan_memory(store, kernels, config, available_bytes)
         if plan.num_slots is None:
             raise ConfigError(
@@ -100,31 +91,92 @@ def measure_tiers(
         say("reading the disk")
         before = disk_bandwidth_bytes_s(store_path, store.blob_bytes, config.tiers.disk)
         say("loading the dense weights")
-        decoder = load_tiered(store, kernels, plan, config.tiers)
-        experts = decoder.experts
-        assert isinstance(experts, TieredExperts)
-        bench = StepBench(decoder, kernels, store.weights, config, workload)
-        say(f"prefill of {workload.prompt_tokens} tokens")
-        started = experts.state()
-        times_s = [bench.step(1, workload.prompt_tokens, 0)[0] for _ in range(3)]
-        prefilled = experts.state()
-        say("decode")
-        for position in range(DECODE_STEPS // 2):
-            bench.step(1, 1, position)
-        begun = experts.state()
-        steps_s = [bench.step(1, 1, position)[0] for position in range(DECODE_STEPS)]
-        ended = experts.state()
-        del bench, decoder, experts  # their memory is all there is
+        steps = _steps(store, kernels, plan, config, workload, say)
         say("reading the disk once more")
         disk_bytes_s = max(before, disk_bandwidth_bytes_s(store_path, store.blob_bytes, config.tiers.disk))
-    step_s = statistics.mean(steps_s)
-    stall_s = (ended.stall_s - begun.stall_s) / len(steps_s)
+        return _report(model, store, kernels, plan, config, steps, disk_bytes_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Steps:
+    """What steps took, and what was read meanwhile."""
+
+    prompt_tokens: int
+    prefill_s: list[float]
+    prefill: tuple[TierState, TierState]
+    """Before and after."""
+    decode_s: list[float]
+    decode: tuple[TierState, TierState]
+
+
+def _config_for(workload: Workload, config: EngineConfig, store: Store) -> EngineConfig:
+    """The same settings with room for the workload and no more."""
+    kv_tokens = cache_blocks(workload, config.block_tokens) * config.block_tokens
+    return replace(
+        config,
+        kv_cache_bytes=kv_tokens * kv_bytes_per_token(store.shape, "bf16"),
+        kv_cache_dtype="bf16",
+        max_num_batched_tokens=workload.prompt_tokens,
+        max_num_seqs=1,
+    )
+
+
+def _steps(
+    store: Store,
+    kernels: Kernels,
+    plan: MemoryPlan,
+    config: EngineConfig,
+    workload: Workload,
+    say: Callable[[str], None],
+) -> _Steps:
+    """Load the model, run it, and let go of it: its memory is all there is."""
+    decoder = load_tiered(store, kernels, plan, config.tiers)
+    bench = StepBench(decoder, kernels, store.weights, config, workload)
+
+    def state() -> TierState:
+        found = decoder.experts.state()
+        assert found is not None, "not everything is in memory"
+        return found
+
+    say(f"prefill of {workload.prompt_tokens} tokens")
+    started = state()
+    prefill_s = [bench.step(1, workload.prompt_tokens, 0)[0] for _ in range(PREFILLS)]
+    prefilled = state()
+    say("decode")
+    for position in range(DECODE_STEPS // 2):  # until the experts kept are those of decoding
+        bench.step(1, 1, position)
+    begun = state()
+    decode_s = [bench.step(1, 1, position)[0] for position in range(DECODE_STEPS)]
+    return _Steps(
+        prompt_tokens=workload.prompt_tokens,
+        prefill_s=prefill_s,
+        prefill=(started, prefilled),
+        decode_s=decode_s,
+        decode=(begun, state()),
+    )
+
+
+def _report(
+    model: BenchModel,
+    store: Store,
+    kernels: Kernels,
+    plan: MemoryPlan,
+    config: EngineConfig,
+    steps: _Steps,
+    disk_bytes_s: float,
+) -> TiersReport:
+    assert plan.num_slots is not None
+    assert config.num_threads is not None
+    num_tokens, step_s = len(steps.decode_s), statistics.mean(steps.decode_s)
+    begun, ended = steps.decode
+    stall_s = (ended.stall_s - begun.stall_s) / num_tokens
     misses, hits = ended.misses - begun.misses, ended.hits - begun.hits
-    missed_bytes = misses * store.blob_bytes / len(steps_s)
+    missed_bytes = misses * store.blob_bytes / num_tokens
+    prefill_bytes = steps.prefill[1].disk_bytes - steps.prefill[0].disk_bytes
     return TiersReport(
         machine=cpu_name(),
         level=kernels.level,
-        threads=num_threads,
+        threads=config.num_threads,
         shape=model.name,
         format=store.weights,
         policy=config.tiers.policy,
@@ -132,13 +184,13 @@ def measure_tiers(
         ram_bytes=plan.budget_bytes,
         num_slots=plan.num_slots,
         num_experts=store.shape.num_layers * store.shape.num_experts,
-        prompt_tokens=workload.prompt_tokens,
-        prefill_tok_s=workload.prompt_tokens / statistics.median(times_s),
-        prefill_disk_gb_s=(prefilled.disk_bytes - started.disk_bytes) / sum(times_s) / 1e9,
+        prompt_tokens=steps.prompt_tokens,
+        prefill_tok_s=steps.prompt_tokens / statistics.median(steps.prefill_s),
+        prefill_disk_gb_s=prefill_bytes / sum(steps.prefill_s) / 1e9,
         decode_tok_s=1 / step_s,
         hit_rate=hits / (hits + misses),
         missed_bytes_per_token=missed_bytes,
-        read_bytes_per_token=(ended.disk_bytes - begun.disk_bytes) / len(steps_s),
+        read_bytes_per_token=(ended.disk_bytes - begun.disk_bytes) / num_tokens,
         disk_gb_s=disk_bytes_s / 1e9,
         compute_ms=1e3 * (step_s - stall_s),
         stall_ms=1e3 * stall_s,
