@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from localmoe.core.errors import InvalidRequestError
+from localmoe.core.protocols import Routed
 from localmoe.core.request import Request, RequestFailed, SamplingParams, TokenChunk, TokenLogprob
 from localmoe.engine.config import EngineConfig
 from localmoe.engine.engine import Engine
@@ -77,7 +78,7 @@ def test_numbers_that_are_not_finite_do_not_outlive_their_request(decoder: Decod
     engine = make_engine(decoder, EngineConfig(), num_blocks=2)
     clean = run(engine, [greedy("before", [5] * 20, 4)])["before"]
     experts = decoder.experts
-    decoder.experts = FakeExperts(lambda layer, h, ids, weights, x: x.fill_(float("nan")))
+    decoder.experts = FakeExperts(lambda routed, x: x.fill_(float("nan")))
     assert all(isinstance(output, RequestFailed) for output in outputs(engine, greedy("bad", [6] * 20, 4)))
     decoder.experts = experts
     assert run(engine, [greedy("after", [5] * 20, 4)])["after"] == clean
@@ -91,7 +92,7 @@ def test_a_step_that_raises_fails_its_requests_and_the_engine_lives(decoder: Dec
     engine = make_engine(decoder, EngineConfig(max_num_seqs=1))
     experts = decoder.experts
 
-    def broken(layer: int, *tensors: torch.Tensor) -> None:
+    def broken(routed: Routed[torch.Tensor], x_TD: torch.Tensor) -> None:
         decoder.experts = experts
         raise RuntimeError("out of memory")
 
@@ -103,7 +104,7 @@ def test_a_step_that_raises_fails_its_requests_and_the_engine_lives(decoder: Dec
 
 
 def test_a_model_that_cannot_compute_does_not_become_ready(decoder: Decoder) -> None:
-    decoder.experts = FakeExperts(lambda layer, h, ids, weights, x: x.fill_(float("inf")))
+    decoder.experts = FakeExperts(lambda routed, x: x.fill_(float("inf")))
     with pytest.raises(Exception, match="the model cannot compute"):
         warm_up(make_engine(decoder, EngineConfig()))
 

@@ -27,7 +27,7 @@ from localmoe.formats.store import Store
 from localmoe.models.decoder import Decoder
 from localmoe.tiers.config import TiersConfig
 from localmoe.tiers.host import stride_bytes
-from support.models import FakeExperts, greedy, kernels_under_test, paged_logits, run
+from support.models import FakeExperts, greedy, kernels_under_test, paged_logits, routed_to, run
 
 SHAPE = ModelShape(
     model_type="mixtral",
@@ -111,13 +111,13 @@ def test_a_token_gets_the_same_alone_and_nothing_changes_without_a_drop(
 def test_a_threshold_is_asked_for_once_a_step() -> None:
     thresholds = iter([0.0, 0.3])
     seen: list[list[int]] = []
-    inner = FakeExperts(lambda layer, h, ids, weights, x: seen.append(ids[0].tolist()))
+    inner = FakeExperts(lambda routed, x: seen.append(routed.ids_TK[0].tolist()))
     experts = ThresholdedExperts(inner, lambda: next(thresholds), normalize=True)
     h, ids, weights = torch.zeros(1, 4), torch.tensor([[5, 6]], dtype=torch.int32), torch.tensor([[0.8, 0.2]])
     for _ in range(2):
         experts.begin_step([False])
         for layer in range(2):
-            experts(layer, h, ids, weights, h, [])
+            experts(routed_to(layer, h, ids, weights), h)
     assert seen == [[5, 6], [5, 6], [5, 5], [5, 5]]
 
 

@@ -1,6 +1,6 @@
 """Watching experts: what is counted, and when it is timed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from localmoe.core.inspection import LayerTimes
 from localmoe.core.model import ModelShape
+from localmoe.core.protocols import Routed
 from localmoe.engine import observed_experts
 from localmoe.engine.observed_experts import ObservedExperts
+from support.models import routed_to
 
 L, E, K = 3, 8, 2
 SHAPE = ModelShape(
@@ -46,17 +48,9 @@ class SlowExperts:
     def state(self) -> None:
         return None
 
-    def __call__(
-        self,
-        layer: int,
-        h_TD: Tensor,
-        ids_TK: Tensor,
-        weights_TK: Tensor,
-        x_TD: Tensor,
-        ahead: Sequence[Callable[[Tensor], Tensor]],
-    ) -> None:
-        self.now_s += 10.0 + layer
-        self.stall_s += layer
+    def __call__(self, routed: Routed[Tensor], x_TD: Tensor) -> None:
+        self.now_s += 10.0 + routed.layer
+        self.stall_s += routed.layer
         if self.fails:
             raise RuntimeError("broken")
         x_TD += 1
@@ -81,7 +75,7 @@ def run_step(experts: ObservedExperts, is_prompt_T: list[bool], rng: np.random.G
     for layer in range(L):
         ids_TK = np.stack([rng.permutation(E)[:K] for _ in is_prompt_T]).astype(np.int32)
         x_TD = torch.zeros(len(is_prompt_T), 4)
-        experts(layer, x_TD, torch.from_numpy(ids_TK), torch.ones(ids_TK.shape), x_TD, ())
+        experts(routed_to(layer, x_TD, torch.from_numpy(ids_TK), torch.ones(ids_TK.shape)), x_TD)
         assert bool((x_TD == 1).all())
         np.add.at(counts_LE[layer], ids_TK, 1)
     return counts_LE

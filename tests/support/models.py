@@ -12,6 +12,7 @@ from torch import Tensor
 from localmoe.catalog.catalog import DEMO_NAME
 from localmoe.config.settings import load_settings
 from localmoe.core.plans import SequenceStep
+from localmoe.core.protocols import Routed
 from localmoe.core.request import Request, SamplingParams, TokenChunk
 from localmoe.engine.budget import MemoryPlan
 from localmoe.engine.config import EngineConfig, kv_bytes_per_token
@@ -38,9 +39,9 @@ def kernels_under_test() -> Kernels:
 
 
 class FakeExperts:
-    """Experts that do what a function does to (layer, h, ids, weights, x)."""
+    """Experts that do what a function does to (routed, x)."""
 
-    def __init__(self, compute: Callable[[int, Tensor, Tensor, Tensor, Tensor], object]) -> None:
+    def __init__(self, compute: Callable[[Routed[Tensor], Tensor], object]) -> None:
         self._compute = compute
 
     def begin_step(self, is_prompt_T: Sequence[bool]) -> None:
@@ -49,16 +50,13 @@ class FakeExperts:
     def state(self) -> None:
         return None
 
-    def __call__(
-        self,
-        layer: int,
-        h: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        x: Tensor,
-        ahead: Sequence[Callable[[Tensor], Tensor]],
-    ) -> None:
-        self._compute(layer, h, ids, weights, x)
+    def __call__(self, routed: Routed[Tensor], x_TD: Tensor) -> None:
+        self._compute(routed, x_TD)
+
+
+def routed_to(layer: int, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Routed[Tensor]:
+    """Tokens of a layer after which there is none."""
+    return Routed(layer=layer, h_TD=h_TD, ids_TK=ids_TK, weights_TK=weights_TK, ahead=())
 
 
 def make_engine(decoder: Decoder, config: EngineConfig, num_blocks: int = 400) -> Engine:

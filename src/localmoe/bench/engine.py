@@ -23,7 +23,7 @@ from localmoe.core.errors import ChecksumError, ConfigError, EngineFaultError, E
 from localmoe.core.events import TierState
 from localmoe.core.model import ModelShape, WeightFormat
 from localmoe.core.plans import BatchPlan, SequenceStep
-from localmoe.core.protocols import ExpertExecutor
+from localmoe.core.protocols import ExpertExecutor, Routed
 from localmoe.core.request import SamplingParams
 from localmoe.engine.config import EngineConfig, kv_bytes_per_token, num_weights
 from localmoe.engine.executor import Executor
@@ -99,17 +99,9 @@ class RecordingExperts:
     def state(self) -> TierState | None:
         return self._experts.state()
 
-    def __call__(
-        self,
-        layer: int,
-        h_TD: Tensor,
-        ids_TK: Tensor,
-        weights_TK: Tensor,
-        x_TD: Tensor,
-        ahead: Sequence[Callable[[Tensor], Tensor]],
-    ) -> None:
-        self._ids.append(ids_TK.numpy())
-        self._experts(layer, h_TD, ids_TK, weights_TK, x_TD, ahead)
+    def __call__(self, routed: Routed[Tensor], x_TD: Tensor) -> None:
+        self._ids.append(routed.ids_TK.numpy())
+        self._experts(routed, x_TD)
 
     def take(self) -> NDArray[np.int32]:
         """Experts [layers, T, K] of the step since the last call."""

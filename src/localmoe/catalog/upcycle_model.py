@@ -13,6 +13,7 @@ from torch.nn.functional import linear, silu
 from localmoe.catalog.calibration import WINDOW_TOKENS, Calibration
 from localmoe.catalog.upcycle import expert_share, fit_router, permute_expert
 from localmoe.core.model import ExpertId, ModelShape, TensorNames, WeightFormat
+from localmoe.core.protocols import Routed
 from localmoe.formats.packed import PackedMatrix, pack_matrix
 from localmoe.kernels.base import PagedStep
 from localmoe.kernels.reference import ReferenceKernels
@@ -107,15 +108,8 @@ class _RouterFitting:
     def state(self) -> None:
         return None
 
-    def __call__(
-        self,
-        layer: int,
-        h_TD: Tensor,
-        ids_TK: Tensor,
-        weights_TK: Tensor,
-        x_TD: Tensor,
-        ahead: Sequence[Callable[[Tensor], Tensor]],
-    ) -> None:
+    def __call__(self, routed: Routed[Tensor], x_TD: Tensor) -> None:
+        layer, h_TD = routed.layer, routed.h_TD
         fitting_TD, held_out_TD = h_TD[: self._num_fitting_tokens], h_TD[self._num_fitting_tokens :]
         weight_ED = fit_router(fitting_TD, num_experts=self._num_experts, top_k=self._top_k, seed=layer)
         share_E = expert_share(weight_ED, held_out_TD, self._top_k)

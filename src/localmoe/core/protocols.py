@@ -1,7 +1,8 @@
 """What one part needs of another that it may not import."""
 
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from localmoe.core.events import TierState
 from localmoe.core.inspection import Inspection
@@ -40,6 +41,22 @@ class Inspectable(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Routed(Generic[T]):
+    """A layer's tokens on the way to their experts."""
+
+    layer: int
+    h_TD: T
+    """[T, D] float32, what experts compute with."""
+    ids_TK: T
+    """[T, K] int32, the experts chosen, the likeliest first."""
+    weights_TK: T
+    """[T, K] float32."""
+    ahead: Sequence[Callable[[T], T]]
+    """One for each layer that follows: makes of the hidden state, as it is before this layer's experts, the ids
+    [T, K] that the layer would choose. Of the next layer they are mostly right, of later ones less and less."""
+
+
 class ExpertExecutor(Protocol[T]):
     """Computes the routed experts of a model, wherever their weights are."""
 
@@ -51,13 +68,6 @@ class ExpertExecutor(Protocol[T]):
         """Where experts were found so far; None where all are in memory."""
         ...
 
-    def __call__(
-        self, layer: int, h_TD: T, ids_TK: T, weights_TK: T, x_TD: T, ahead: Sequence[Callable[[T], T]]
-    ) -> None:
-        """Add `sum over k of weights[t, k] * expert[ids[t, k]](h[t])` to x in place; ids int32, the rest float32.
-
-        Args:
-            ahead: one for each layer that follows: makes of x, as it is given, the ids [T, K] that the layer would
-                choose for it. Of the next layer they are mostly right, of later ones less and less.
-        """
+    def __call__(self, routed: Routed[T], x_TD: T) -> None:
+        """Add `sum over k of weights[t, k] * expert[ids[t, k]](h[t])` to the hidden state x, float32, in place."""
         ...

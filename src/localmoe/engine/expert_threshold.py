@@ -10,13 +10,14 @@ Shape suffixes: T tokens, D hidden size, K experts per token.
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from localmoe.core.events import TierState
 from localmoe.core.model import ModelShape
-from localmoe.core.protocols import ExpertExecutor
+from localmoe.core.protocols import ExpertExecutor, Routed
 from localmoe.engine.config import EngineConfig
 
 logger = logging.getLogger(__name__)
@@ -78,18 +79,13 @@ class ThresholdedExperts:
     def state(self) -> TierState | None:
         return self._experts.state()
 
-    def __call__(
-        self,
-        layer: int,
-        h_TD: Tensor,
-        ids_TK: Tensor,
-        weights_TK: Tensor,
-        x_TD: Tensor,
-        ahead: Sequence[Callable[[Tensor], Tensor]],
-    ) -> None:
+    def __call__(self, routed: Routed[Tensor], x_TD: Tensor) -> None:
         if self._step_threshold > 0:
-            ids_TK, weights_TK = drop_experts(ids_TK, weights_TK, self._step_threshold, normalize=self._normalize)
-        self._experts(layer, h_TD, ids_TK, weights_TK, x_TD, ahead)
+            ids_TK, weights_TK = drop_experts(
+                routed.ids_TK, routed.weights_TK, self._step_threshold, normalize=self._normalize
+            )
+            routed = replace(routed, ids_TK=ids_TK, weights_TK=weights_TK)
+        self._experts(routed, x_TD)
 
 
 class StallFraction:

@@ -1,11 +1,12 @@
 """Computes routed experts whose weights are all in memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Self
 
 from torch import Tensor
 
 from localmoe.core.model import ExpertId
+from localmoe.core.protocols import Routed
 from localmoe.formats.store import Store
 from localmoe.kernels.base import Experts, Kernels, placed_experts
 
@@ -39,13 +40,5 @@ class ResidentExperts:
     def state(self) -> None:
         return None
 
-    def __call__(
-        self,
-        layer: int,
-        h_TD: Tensor,
-        ids_TK: Tensor,
-        weights_TK: Tensor,
-        x_TD: Tensor,
-        ahead: Sequence[Callable[[Tensor], Tensor]],
-    ) -> None:
-        self._layers[layer](h_TD, ids_TK, weights_TK, x_TD)
+    def __call__(self, routed: Routed[Tensor], x_TD: Tensor) -> None:
+        self._layers[routed.layer](routed.h_TD, routed.ids_TK, routed.weights_TK, x_TD)

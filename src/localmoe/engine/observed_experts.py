@@ -16,7 +16,7 @@ from localmoe.core.events import TierState
 from localmoe.core.inspection import LayerTimes
 from localmoe.core.model import ModelShape
 from localmoe.core.plans import BatchPlan
-from localmoe.core.protocols import ExpertExecutor
+from localmoe.core.protocols import ExpertExecutor, Routed
 from localmoe.engine.routing_trace import RoutingRecorder
 
 _MOST_PENDING_STEPS = 64
@@ -119,19 +119,12 @@ class ObservedExperts:
         self._experts.begin_step(is_prompt_T)
         self._seen_s, self._seen_stall_s = time.perf_counter(), self._stall_s()
 
-    def __call__(
-        self,
-        layer: int,
-        h_TD: Tensor,
-        ids_TK: Tensor,
-        weights_TK: Tensor,
-        x_TD: Tensor,
-        ahead: Sequence[Callable[[Tensor], Tensor]],
-    ) -> None:
+    def __call__(self, routed: Routed[Tensor], x_TD: Tensor) -> None:
+        layer = routed.layer
         if self._recorder is not None and self._recorder.is_on:
-            self._recorder.record(layer, ids_TK, weights_TK, self.present()[layer])
-        self._pending[layer].append(ids_TK)
-        self._experts(layer, h_TD, ids_TK, weights_TK, x_TD, ahead)
+            self._recorder.record(layer, routed.ids_TK, routed.weights_TK, self.present()[layer])
+        self._pending[layer].append(routed.ids_TK)
+        self._experts(routed, x_TD)
         now_s, stall_s = time.perf_counter(), self._stall_s()
         times = self._times
         times.elapsed_s[layer] += now_s - self._seen_s

@@ -15,7 +15,7 @@ where.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -25,6 +25,7 @@ from torch import Tensor
 from localmoe.core.errors import ChecksumError, StoreError
 from localmoe.core.events import TierState
 from localmoe.core.model import ExpertId
+from localmoe.core.protocols import Routed
 from localmoe.formats.store import Store, find_damage
 from localmoe.kernels.base import Kernels
 from localmoe.residency.link import IdleLink
@@ -119,19 +120,11 @@ class TieredExperts:
         self._is_prompt_T = np.array(is_prompt_T, np.bool_)
         self._layer_ended_s = time.perf_counter()
 
-    def __call__(
-        self,
-        layer: int,
-        h_TD: Tensor,
-        ids_TK: Tensor,
-        weights_TK: Tensor,
-        x_TD: Tensor,
-        ahead: Sequence[Callable[[Tensor], Tensor]],
-    ) -> None:
+    def __call__(self, routed: Routed[Tensor], x_TD: Tensor) -> None:
         """Raises StoreError where an expert that is used cannot be read, or is damaged."""
         stalled_s = self._stall_s
         try:
-            self._compute(layer, h_TD, ids_TK, weights_TK, x_TD, ahead)
+            self._compute(routed, x_TD)
         except BaseException:
             self._manager.abandon()
             raise
@@ -140,21 +133,14 @@ class TieredExperts:
         disk = self._reader.stats()
         self._link.observe(elapsed_s - (self._stall_s - stalled_s), disk.busy_s, disk.num_reads)
 
-    def _compute(
-        self,
-        layer: int,
-        h_TD: Tensor,
-        ids_TK: Tensor,
-        weights_TK: Tensor,
-        x_TD: Tensor,
-        ahead: Sequence[Callable[[Tensor], Tensor]],
-    ) -> None:
-        experts, manager = self._layers[layer], self._manager
-        is_prompt_T, used_TK = self._is_prompt_T, ids_TK.numpy()
+    def _compute(self, routed: Routed[Tensor], x_TD: Tensor) -> None:
+        layer, manager = routed.layer, self._manager
+        experts = self._layers[layer]
+        is_prompt_T, used_TK = self._is_prompt_T, routed.ids_TK.numpy()
         ready, awaited = manager.need(layer, used_TK[is_prompt_T], used_TK[~is_prompt_T])
         self._move()
-        experts.begin(h_TD, ids_TK)
-        for distance, choose in enumerate(ahead[: self._prefetch_layers], 1):
+        experts.begin(routed.h_TD, routed.ids_TK)
+        for distance, choose in enumerate(routed.ahead[: self._prefetch_layers], 1):
             manager.expect(layer + distance, distinct(choose(x_TD).numpy()))
         self._move()
         waiting = set(awaited)
@@ -167,7 +153,7 @@ class TieredExperts:
             arrived = self._collect(layer, wait=bool(waiting) and not ready)
             ready += [expert for expert in arrived if expert in waiting]
             waiting.difference_update(arrived)
-        experts.finish(weights_TK, x_TD)
+        experts.finish(routed.weights_TK, x_TD)
 
     def _move(self) -> None:
         """Begin the reads that the manager wants now."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from localmoe.core.model import ModelShape, TensorNames
-from localmoe.core.protocols import ExpertExecutor
+from localmoe.core.protocols import ExpertExecutor, Routed
 from localmoe.kernels.base import (
     AttentionWeights,
     DenseWeights,
@@ -98,7 +98,10 @@ class Decoder(ABC):
         for index, layer in enumerate(self.layers):
             layer.attention(x_TD, cache.keys[index], cache.values[index], step)
             h_TD, ids_TK, weights_TK = layer.router(x_TD)
-            self.experts(index, h_TD, ids_TK, weights_TK, x_TD, self._choices[index + 1 :])
+            routed = Routed(
+                layer=index, h_TD=h_TD, ids_TK=ids_TK, weights_TK=weights_TK, ahead=self._choices[index + 1 :]
+            )
+            self.experts(routed, x_TD)
         return x_TD
 
     def logits(self, x_SD: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from support.bench_models import (
     write_config,
     write_moe_gguf,
 )
-from support.models import FakeExperts
+from support.models import FakeExperts, routed_to
 
 pytest.importorskip("localmoe._cpu")
 
@@ -103,11 +103,12 @@ def test_gguf(tmp_path: Path, arch: str) -> None:
 def test_recorder_sees_what_was_computed() -> None:
     computed = []
 
-    recorder = RecordingExperts(FakeExperts(lambda layer, h, ids, weights, x: computed.append((layer, ids))))
+    recorder = RecordingExperts(FakeExperts(lambda routed, x: computed.append((routed.layer, routed.ids_TK))))
     x_TD, weights_TK = torch.zeros(2, 4), torch.ones(2, 1)
     for step in range(2):
         for layer in range(3):
-            recorder(layer, x_TD, torch.full((2, 1), 10 * step + layer, dtype=torch.int32), weights_TK, x_TD, [])
+            ids_TK = torch.full((2, 1), 10 * step + layer, dtype=torch.int32)
+            recorder(routed_to(layer, x_TD, ids_TK, weights_TK), x_TD)
         assert recorder.take()[:, :, 0].tolist() == [[10 * step + layer] * 2 for layer in range(3)]
     assert [layer for layer, _ in computed] == [0, 1, 2] * 2
 
