@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,21 +58,29 @@ def make_home(home: Path, name: str, weights: WeightFormat, store: Path, tokeniz
 
 
 @contextmanager
-def server(home: Path, name: str, weights: WeightFormat) -> Iterator[tuple[str, float]]:
-    """A running server's address, and the seconds it took to be ready."""
+def server(
+    home: Path, name: str, weights: WeightFormat, inside: Sequence[str] = (), **settings: str
+) -> Iterator[tuple[str, float]]:
+    """A running server's address, and the seconds it took to be ready.
+
+    Args:
+        inside: words that start a command in a control group.
+        settings: as environment variables.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     started_s = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "localmoe", "serve", name, "--weights", weights, "--port", str(port)],
+        [*inside, sys.executable, "-m", "localmoe", "serve", name, "--weights", weights, "--port", str(port)],
         env=os.environ
         | {
             "LOCALMOE_HOME": str(home),
             "LOCALMOE_ENGINE__SPECULATION": "false",
             "LOCALMOE_ENGINE__KV_CACHE_DTYPE": KV_DTYPE,
-        },
+        }
+        | settings,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -163,7 +163,7 @@ struct BoundRuntime : Runtime {
                     "an id is out of range");
         }
         const nb::gil_scoped_release release;
-        const std::lock_guard lock(mutex_);
+        const Turn turn(*this);
         Runtime::embed(matrix, ids.data(), ids.size(), out.data());
     }
 
@@ -171,7 +171,7 @@ struct BoundRuntime : Runtime {
         require(x.shape(1) == matrix.columns && out.shape(1) == matrix.rows && out.shape(0) == x.shape(0),
                 "x or out does not fit the matrix");
         const nb::gil_scoped_release release;
-        const std::lock_guard lock(mutex_);
+        const Turn turn(*this);
         Runtime::logits(nullptr, 0.0f, matrix, x.data(), x.shape(0), out.data());
     }
 
@@ -180,7 +180,7 @@ struct BoundRuntime : Runtime {
                     out.shape(0) == x.shape(0),
                 "norm, x or out does not fit the head");
         const nb::gil_scoped_release release;
-        const std::lock_guard lock(mutex_);
+        const Turn turn(*this);
         Runtime::logits(norm.data(), eps, head, x.data(), x.shape(0), out.data());
     }
 
@@ -227,7 +227,7 @@ struct BoundRuntime : Runtime {
         require(next_row == T, "the spans do not cover the batch");
         const Cache cache{keys.data(), values.data(), bf16, G, d, block_tokens};
         const nb::gil_scoped_release release;
-        const std::lock_guard lock(mutex_);
+        const Turn turn(*this);
         Runtime::attention(weights, cache, step, x.data());
     }
 
@@ -239,7 +239,7 @@ struct BoundRuntime : Runtime {
         require(ids.shape(0) == T && weights.shape(0) == T && ids.shape(1) == weights.shape(1), "not [T, K]");
         require(ids.shape(1) >= 1 && ids.shape(1) <= std::min(router.rows, kMaxTopK), "top_k is out of range");
         const nb::gil_scoped_release release;
-        const std::lock_guard lock(mutex_);
+        const Turn turn(*this);
         Runtime::route(norm.data(), eps, router, ids.shape(1), normalize, x.data(), T, h.data(), ids.data(),
                        weights.data());
     }
@@ -248,7 +248,7 @@ struct BoundRuntime : Runtime {
         require(x.shape(1) == weight.size() && h.shape(0) == x.shape(0) && h.shape(1) == x.shape(1),
                 "h does not fit");
         const nb::gil_scoped_release release;
-        const std::lock_guard lock(mutex_);
+        const Turn turn(*this);
         Runtime::norm(weight.data(), eps, x.data(), x.shape(0), x.shape(1), h.data());
     }
 
@@ -259,19 +259,21 @@ struct BoundRuntime : Runtime {
         std::vector<int32_t> used(ids.data(), ids.data() + ids.size());
         std::sort(used.begin(), used.end());
         used.erase(std::unique(used.begin(), used.end()), used.end());
+        if (used.front() < 0) used.erase(used.begin());
         const std::vector<const Expert*> experts = at(bound, used);
         const nb::gil_scoped_release release;
-        const std::lock_guard lock(mutex_);
+        const Turn turn(*this);
         begun_ = nullptr;
         Runtime::moe_begin(bound.places.size(), bound.like, h.data(), ids.data(), h.shape(0), ids.shape(1));
         Runtime::moe_compute(experts.data(), used.data(), used.size());
+        join();
         Runtime::moe_finish(weights.data(), x.data());
     }
 
     void moe_begin(const BoundExperts& bound, ConstFloats h, Array<const int32_t, 2> ids) {
         check_tokens(bound, h, ids);
         const nb::gil_scoped_release release;
-        const std::lock_guard lock(mutex_);
+        const Turn turn(*this);
         Runtime::moe_begin(bound.places.size(), bound.like, h.data(), ids.data(), h.shape(0), ids.shape(1));
         begun_ = &bound;
         begun_tokens_ = h.shape(0);
@@ -281,14 +283,14 @@ struct BoundRuntime : Runtime {
     void moe_compute(const BoundExperts& bound, const std::vector<int32_t>& ids) {
         const std::vector<const Expert*> experts = at(bound, ids);
         const nb::gil_scoped_release release;
-        const std::lock_guard lock(mutex_);
-        require(begun_ == &bound, "moe_begin was not called for these experts");
+        const Turn turn(*this);
+        require(ids.empty() || begun_ == &bound, "moe_begin was not called for these experts");
         Runtime::moe_compute(experts.data(), ids.data(), ids.size());
     }
 
     void moe_finish(const BoundExperts& bound, ConstFloats weights, Floats x) {
         const nb::gil_scoped_release release;
-        const std::lock_guard lock(mutex_);
+        const Turn turn(*this);
         require(begun_ == &bound, "moe_begin was not called for these experts");
         check_output(weights, x, begun_tokens_, begun_top_k_, bound.like.gate.columns);
         begun_ = nullptr;
@@ -304,14 +306,14 @@ struct BoundRuntime : Runtime {
         std::vector<Filter> filters(S);
         for (size_t i = 0; i < S; ++i) filters[i] = {top_k.data()[i], top_p.data()[i], min_p.data()[i]};
         const nb::gil_scoped_release release;
-        const std::lock_guard lock(mutex_);
+        const Turn turn(*this);
         Runtime::draw(logits.data(), S, logits.shape(1), temperatures.data(), filters.data(), uniforms.data(),
                       ids.data());
     }
 
     uint64_t read(Bytes data) {
         const nb::gil_scoped_release release;
-        const std::lock_guard lock(mutex_);
+        const Turn turn(*this);
         return Runtime::read(data.data(), data.size());
     }
 
@@ -321,7 +323,7 @@ private:
         require(ids.shape(0) == h.shape(0), "ids are not [T, K]");
         require(ids.shape(1) >= 1 && ids.shape(1) <= kMaxTopK, "top_k is out of range");
         for (size_t i = 0; i < ids.size(); ++i) {
-            require(ids.data()[i] >= 0 && static_cast<size_t>(ids.data()[i]) < bound.places.size(),
+            require(ids.data()[i] >= -1 && ids.data()[i] < static_cast<int64_t>(bound.places.size()),
                     "an expert id is out of range");
         }
     }
@@ -337,7 +339,17 @@ private:
         return experts;
     }
 
-    std::mutex mutex_;  // Python's threads take turns: operations share their threads and their memory
+    // Python's threads take turns, since operations share their threads and their memory, and each of them begins
+    // when what moe_compute began is done.
+    class Turn {
+    public:
+        explicit Turn(BoundRuntime& runtime) : lock_(runtime.mutex_) { runtime.join(); }
+
+    private:
+        std::lock_guard<std::mutex> lock_;
+    };
+
+    std::mutex mutex_;
     const BoundExperts* begun_ = nullptr;  // whose moe_begin is to be finished; only compared
     size_t begun_tokens_ = 0, begun_top_k_ = 0;
 };
@@ -398,7 +410,8 @@ NB_MODULE(_cpu, m) {
         .def("moe", &BoundRuntime::moe, "experts"_a, "h"_a.noconvert(), "ids"_a.noconvert(),
              "weights"_a.noconvert(), "x"_a.noconvert())
         .def("moe_begin", &BoundRuntime::moe_begin, "experts"_a, "h"_a.noconvert(), "ids"_a.noconvert())
-        .def("moe_compute", &BoundRuntime::moe_compute, "experts"_a, "ids"_a)
+        // What is being computed is not freed before the threads that compute it have ended.
+        .def("moe_compute", &BoundRuntime::moe_compute, nb::keep_alive<1, 2>(), "experts"_a, "ids"_a)
         .def("moe_finish", &BoundRuntime::moe_finish, "experts"_a, "weights"_a.noconvert(), "x"_a.noconvert())
         .def("draw", &BoundRuntime::draw, "logits"_a.noconvert(), "temperatures"_a.noconvert(),
              "top_k"_a.noconvert(), "top_p"_a.noconvert(), "min_p"_a.noconvert(), "uniforms"_a.noconvert(),

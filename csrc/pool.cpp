@@ -73,19 +73,25 @@ void Pool::stop() {
     for (auto& thread : threads_) thread.join();
 }
 
-void Pool::start(Entry entry, void* context) {
+void Pool::begin(Entry entry, void* context) {
     if (!processors_.empty() && !caller_pinned_) {
         pin_to(processors_[0]);
         caller_pinned_ = true;
     }
     entry_ = entry;
     context_ = context;
+    begun_ = true;
     if (num_threads_ > 1) {
         epoch_.fetch_add(1, std::memory_order_release);
         epoch_.notify_all();
     }
-    entry(context, 0);
+}
+
+void Pool::join() {
+    if (!begun_) return;
+    entry_(context_, 0);
     barrier();
+    begun_ = false;
 }
 
 void Pool::work(int thread) {
@@ -109,6 +115,10 @@ void Pool::barrier() {
     } else {
         wait_while(barrier_epoch_, epoch);
     }
+}
+
+void Remaining::wait() const {
+    for (uint32_t count; (count = count_.load(std::memory_order_acquire)) != 0;) wait_while(count_, count);
 }
 
 }  // namespace localmoe

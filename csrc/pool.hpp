@@ -4,6 +4,10 @@
 // Inside, threads take work items from shared counters, so that a thread the system holds up delays nobody by more
 // than one item, and meet at barriers between the phases of an operation. Phases last microseconds: who waits
 // spins first and sleeps in the kernel after that, so that an idle engine costs nothing.
+//
+// `begin` hands a function to the other threads and returns; the caller does something else meanwhile, and takes
+// part from `join` on, which must come before anything else is run. Such a function has no barriers, since one
+// thread may come late: its phases end when their items are done, whoever did them.
 #pragma once
 
 #include <algorithm>
@@ -30,16 +34,21 @@ public:
     // on whichever thread, would leave the others waiting, and ends the process.
     template <class Function>
     void run(Function&& function) {
-        start([](void* context, int thread) noexcept { (*static_cast<Function*>(context))(thread); }, &function);
+        begin([](void* context, int thread) noexcept { (*static_cast<Function*>(context))(thread); }, &function);
+        join();
     }
+
+    using Entry = void (*)(void* context, int thread) noexcept;
+
+    // Calls entry(context, thread index) on all threads but the caller.
+    void begin(Entry entry, void* context);
+    // Calls it on the caller, too, and returns when all have left it; does nothing where nothing was begun.
+    void join();
 
     // Within `run`: waits until every thread has come here.
     void barrier();
 
 private:
-    using Entry = void (*)(void*, int);
-
-    void start(Entry entry, void* context);
     void stop();
     void work(int thread);
 
@@ -48,11 +57,29 @@ private:
     bool caller_pinned_ = false;
     Entry entry_ = nullptr;
     void* context_ = nullptr;
+    bool begun_ = false;
     alignas(64) std::atomic<uint32_t> epoch_{0};
     alignas(64) std::atomic<uint32_t> arrived_{0};
     alignas(64) std::atomic<uint32_t> barrier_epoch_{0};
     std::atomic<bool> stopping_{false};
     std::vector<std::thread> threads_;
+};
+
+// How much of a phase is not done yet, for those who need all of it.
+class Remaining {
+public:
+    explicit Remaining(size_t count) : count_(static_cast<uint32_t>(count)) {}
+
+    void done(size_t count = 1) {
+        const auto less = static_cast<uint32_t>(count);
+        if (count_.fetch_sub(less, std::memory_order_acq_rel) == less) count_.notify_all();
+    }
+
+    // Waits until all is done.
+    void wait() const;
+
+private:
+    alignas(64) std::atomic<uint32_t> count_;
 };
 
 // Hands out items 0..count-1 of one phase. Each phase of an operation has a counter of its own, made before `run`.

@@ -263,13 +263,19 @@ void Runtime::norm(const float* weight, float eps, const float* x, size_t num_to
 
 Runtime::ExpertPlan::ExpertPlan(size_t num_experts, const int32_t* ids, size_t num_pairs)
     : pairs(num_pairs), place_of(num_pairs), shares(num_experts), share_of(num_pairs) {
-    for (size_t i = 0; i < num_pairs; ++i) ++shares[static_cast<size_t>(ids[i])].count;
+    for (size_t i = 0; i < num_pairs; ++i) {
+        if (ids[i] >= 0) ++shares[static_cast<size_t>(ids[i])].count;
+    }
     size_t first = 0;
     for (Share& share : shares) {
         share.first = first;
         first += std::exchange(share.count, 0);
     }
     for (size_t i = 0; i < num_pairs; ++i) {
+        if (ids[i] < 0) {
+            place_of[i] = kNowhere;
+            continue;
+        }
         const auto expert = static_cast<size_t>(ids[i]);
         Share& share = shares[expert];
         const size_t place = share.first + share.count++;
@@ -309,82 +315,86 @@ void Runtime::moe_begin(size_t num_experts, const Expert& like, const float* h, 
     });
 }
 
+Runtime::MoePart::MoePart(std::vector<Share> some_shares, std::vector<Group> some_groups, int num_threads)
+    : shares(std::move(some_shares)),
+      groups(std::move(some_groups)),
+      in_groups(groups.size()),
+      inner_groups(groups.size()),
+      up_rows(shares.size() * shares[0].expert.gate.num_groups(), num_threads),
+      down_rows(shares.size() * shares[0].expert.down.num_groups(), num_threads),
+      in_left(groups.size()),
+      up_left(shares.size() * shares[0].expert.gate.num_groups()),
+      inner_left(groups.size()) {}
+
 void Runtime::moe_compute(const Expert* const* experts, const int32_t* ids, size_t count) {
     Moe& moe = moe_;
-    ExpertPlan& plan = *moe.plan;
-    // One expert's pairs, and a token group within them.
-    struct Share {
-        const Expert* expert;
-        size_t first, count;
-    };
-    struct Group {
-        size_t first, count;
-    };
-    std::vector<Share> shares;
-    std::vector<Group> token_groups;
+    std::vector<MoePart::Share> shares;
+    std::vector<MoePart::Group> groups;
     for (size_t i = 0; i < count; ++i) {
-        auto& share = plan.shares[static_cast<size_t>(ids[i])];
+        auto& share = moe.plan->shares[static_cast<size_t>(ids[i])];
         if (share.count == 0) continue;
         share.computed = true;
-        shares.push_back({experts[i], share.first, share.count});
+        shares.push_back({*experts[i], share.first, share.count});
         for (size_t first = 0; first < share.count; first += kernels_.token_group) {
-            token_groups.push_back({share.first + first, std::min(kernels_.token_group, share.count - first)});
+            groups.push_back({share.first + first, std::min(kernels_.token_group, share.count - first)});
         }
     }
     if (shares.empty()) return;
-    const size_t D = moe.hidden_size, top_k = moe.top_k;
-    const Matrix &gate = shares[0].expert->gate, &down = shares[0].expert->down;
-    const size_t up_groups = gate.num_groups(), down_groups = down.num_groups(), F_padded = up_groups * kRowGroup;
-    const size_t blocks = D / kBlock, spans = blocks * spans_per_block(moe.format);
+    prepare(std::max(moe.hidden_size, moe.expert_size));
+    moe.part.emplace(std::move(shares), std::move(groups), pool_.num_threads());
+    pool_.begin([](void* runtime, int thread) noexcept { static_cast<Runtime*>(runtime)->compute_part(thread); },
+                this);
+}
+
+void Runtime::compute_part(int thread) {
+    Moe& moe = moe_;
+    MoePart& part = *moe.part;
+    const size_t D = moe.hidden_size, blocks = D / kBlock, spans = blocks * spans_per_block(moe.format);
+    const Matrix &gate = part.shares[0].expert.gate, &down = part.shares[0].expert.down;
+    const size_t F_padded = gate.num_groups() * kRowGroup;
     float* hidden = moe.hidden.data();
     float* expert_out = moe.expert_out.data();
-    prepare(std::max(D, moe.expert_size));
-
+    auto& scratch = threads_[static_cast<size_t>(thread)];
+    uint8_t* bytes = scratch.product.data();
     // A run of all shares' row groups, share by share: function(share, first row group, last).
     const auto split = [&](size_t first, size_t last, size_t groups_per_share, auto&& function) {
         while (first < last) {
             const size_t from = first % groups_per_share;
             const size_t to = std::min(groups_per_share, from + last - first);
-            function(shares[first / groups_per_share], from, to);
+            function(part.shares[first / groups_per_share], from, to);
             first += to - from;
         }
     };
-    Items in_groups(token_groups.size()), inner_groups(token_groups.size());
-    Runs up_rows = runs_of(gate, shares.size()), down_rows = runs_of(down, shares.size());
-    pool_.run([&](int thread) {
-        auto& scratch = threads_[static_cast<size_t>(thread)];
-        uint8_t* bytes = scratch.product.data();
-        for (size_t g; in_groups.take(g);) {
-            const auto [first, size] = token_groups[g];
-            Row packed[kMaxTokenGroup];
-            for (size_t i = 0; i < size; ++i) {
-                const size_t t = plan.pairs[first + i] / top_k;
-                packed[i] = {moe.codes.data() + t * D / 4, moe.scales.data() + t * blocks,
-                             moe.bias.data() + t * spans, moe.values.data() + t * D};
-            }
-            pack(moe.inputs, first, size, packed);
+    for (size_t g; part.in_groups.take(g); part.in_left.done()) {
+        const auto [first, size] = part.groups[g];
+        Row packed[kMaxTokenGroup];
+        for (size_t i = 0; i < size; ++i) {
+            const size_t t = moe.plan->pairs[first + i] / moe.top_k;
+            packed[i] = {moe.codes.data() + t * D / 4, moe.scales.data() + t * blocks, moe.bias.data() + t * spans,
+                         moe.values.data() + t * D};
         }
-        pool_.barrier();
-        for (size_t first, last; up_rows.take(first, last);) {
-            split(first, last, up_groups, [&](const Share& share, size_t from, size_t to) {
-                kernels_.gate_up(share.expert->gate, share.expert->up, from, to,
-                                 moe.inputs.from(share.first, share.count),
-                                 {hidden + share.first * F_padded, F_padded, false}, bytes);
-            });
-        }
-        pool_.barrier();
-        for (size_t g; inner_groups.take(g);) {
-            const auto [first, size] = token_groups[g];
-            quantize_and_pack(moe.inner, first, size, hidden, F_padded, scratch, nullptr, 0.0f);
-        }
-        pool_.barrier();
-        for (size_t first, last; down_rows.take(first, last);) {
-            split(first, last, down_groups, [&](const Share& share, size_t from, size_t to) {
-                kernels_.product(share.expert->down, from, to, moe.inner.from(share.first, share.count),
-                                 {expert_out + share.first * D, D, false}, bytes);
-            });
-        }
-    });
+        pack(moe.inputs, first, size, packed);
+    }
+    part.in_left.wait();
+    for (size_t first, last; part.up_rows.take(first, last); part.up_left.done(last - first)) {
+        split(first, last, gate.num_groups(), [&](const MoePart::Share& share, size_t from, size_t to) {
+            kernels_.gate_up(share.expert.gate, share.expert.up, from, to,
+                             moe.inputs.from(share.first, share.count),
+                             {hidden + share.first * F_padded, F_padded, false}, bytes);
+        });
+    }
+    part.up_left.wait();
+    for (size_t g; part.inner_groups.take(g); part.inner_left.done()) {
+        const auto [first, size] = part.groups[g];
+        quantize_and_pack(moe.inner, first, size, hidden, F_padded, scratch, nullptr, 0.0f);
+    }
+    part.inner_left.wait();
+    for (size_t first, last; part.down_rows.take(first, last);) {
+        split(first, last, down.num_groups(), [&](const MoePart::Share& share, size_t from, size_t to) {
+            kernels_.product(share.expert.down, from, to, moe.inner.from(share.first, share.count),
+                             {expert_out + share.first * D, D, false}, bytes);
+        });
+    }
 }
 
 void Runtime::moe_finish(const float* weights, float* x) {
@@ -397,7 +407,7 @@ void Runtime::moe_finish(const float* weights, float* x) {
         size_t count = 0;
         for (size_t pair = t * top_k; pair < (t + 1) * top_k; ++pair) {
             const size_t place = plan.place_of[pair];
-            if (!plan.shares[plan.share_of[place]].computed) continue;
+            if (place == ExpertPlan::kNowhere || !plan.shares[plan.share_of[place]].computed) continue;
             parts[count] = moe.expert_out.data() + place * D;
             shares[count++] = weights[pair];
         }

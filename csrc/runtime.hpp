@@ -79,6 +79,7 @@ class Runtime {
 
 public:
     Runtime(const Kernels& kernels, int num_threads, bool pin) : kernels_(kernels), pool_(num_threads, pin) {}
+    ~Runtime() { join(); }
 
     // Rows of a matrix as float: out [count][columns].
     void embed(const Matrix& matrix, const int32_t* ids, size_t count, float* out);
@@ -95,13 +96,17 @@ public:
 
     // x [T][D] += sum over k of weights[t][k] * expert ids[t][k] of h [T][D], in as many parts as it takes for the
     // weights to arrive: begin, then compute for each of the experts once, then finish. What was not computed is
-    // left out of the sum; in which parts the rest was makes no difference to any bit. h and ids are not needed
-    // after begin. Between begin and finish all other operations may run.
+    // left out of the sum, and so is a pair whose id is -1; in which parts the rest was makes no difference to any
+    // bit. h and ids are not needed after begin. Between begin and finish all other operations may run.
     void moe_begin(size_t num_experts, const Expert& like, const float* h, const int32_t* ids, size_t num_tokens,
                    size_t top_k);
-    // experts[i] has id ids[i]; those that no token goes to are passed over.
+    // experts[i] has id ids[i]; those that no token goes to are passed over. The other threads compute while the
+    // caller does something else, and both together from `join` on.
     void moe_compute(const Expert* const* experts, const int32_t* ids, size_t count);
     void moe_finish(const float* weights, float* x);
+
+    // Waits for what moe_compute began. Must come before any other operation, and before the weights go.
+    void join() { pool_.join(); }
 
     // out [T][V] = norm(x) times the head transposed; without a norm if it is null.
     void logits(const float* norm, float eps, const Matrix& head, const float* x, size_t num_tokens, float* out);
@@ -140,12 +145,30 @@ private:
             size_t first, count;
             bool computed;
         };
+        static constexpr size_t kNowhere = SIZE_MAX;
         std::vector<size_t> pairs;     // token * top_k + slot
-        std::vector<size_t> place_of;  // the inverse
+        std::vector<size_t> place_of;  // the inverse; kNowhere for a pair of no expert
         std::vector<Share> shares;     // by expert
         std::vector<size_t> share_of;  // by pair in its place
 
         ExpertPlan(size_t num_experts, const int32_t* ids, size_t num_pairs);
+    };
+    // Experts of a step that are computed together, and how far that is.
+    struct MoePart {
+        struct Share {
+            Expert expert;
+            size_t first, count;  // its pairs
+        };
+        struct Group {
+            size_t first, count;
+        };
+        std::vector<Share> shares;
+        std::vector<Group> groups;  // of pairs that are packed together
+        Items in_groups, inner_groups;
+        Runs up_rows, down_rows;
+        Remaining in_left, up_left, inner_left;
+
+        MoePart(std::vector<Share> shares, std::vector<Group> groups, int num_threads);
     };
     // A layer's experts between begin and finish; its memory is not shared with other operations.
     struct Moe {
@@ -157,6 +180,7 @@ private:
         // The tokens, quantised but not packed, or a copy of them.
         Scratch<int32_t> codes, bias;
         Scratch<float> scales, values;
+        std::optional<MoePart> part;  // what is being computed
     };
     // One thread's own memory, sized before the threads run.
     struct ThreadScratch {
@@ -192,6 +216,8 @@ private:
                            ThreadScratch& scratch, const float* norm, float eps);
     void quantize_and_pack_all(Packed& packed, const float* x, size_t stride, Items& groups,
                                ThreadScratch& scratch, const float* norm, float eps);
+    // One thread's share of `moe_.part`.
+    void compute_part(int thread);
     void run_product(const Matrix& matrix, const Tokens& tokens, Output output, Runs& groups,
                      ThreadScratch& scratch);
 

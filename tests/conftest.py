@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,16 @@ import torch
 if not torch.cuda.is_available():
     # Before anything imports Triton: where there is no GPU its kernels are interpreted.
     os.environ["TRITON_INTERPRET"] = "1"
+else:
+    # Engines that tests start in processes of their own are the processor's.
+    os.environ.setdefault("LOCALMOE_ENGINE__DEVICE", "cpu")
 
 from localmoe.catalog.catalog import DEMO_NAME, Catalog
 from localmoe.catalog.demo import build_demo
 from localmoe.config.settings import load_settings
 from localmoe.core.model import WeightFormat
+from localmoe.engine import load
+from localmoe.kernels.select import select_device
 from support.checkpoints import write_checkpoint
 
 _TINY_MODELS = {"distinct-experts": "mixtral", "dense": "llama", "olmoe": "olmoe", "qwen3_moe": "qwen3_moe"}
@@ -30,6 +36,14 @@ def _same_process_everywhere() -> None:
     torch.set_num_threads(2)
     # A run that was started in the background inherits an ignored Ctrl-C, and so would all its children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _automatic_is_the_processor() -> Iterator[None]:
+    """Tests are of the same engine wherever they run; those of a GPU name it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "select_device", lambda name: select_device("cpu" if name == "auto" else name))
+        yield
 
 
 @pytest.fixture(scope="session")

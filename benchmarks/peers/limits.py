@@ -38,6 +38,12 @@ def memory_group(limit_bytes: int) -> Iterator[list[str]]:
         group.rmdir()
 
 
+def memory_taken_bytes(group: Path) -> int:
+    """What the programs in a group have taken, without the pages of files, which the kernel takes back."""
+    fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return int(fields["total_rss"] if "total_rss" in fields else fields["anon"])
+
+
 def forget_pages(path: Path) -> None:
     """Drop a file's pages from memory: pages that are there already are charged to nobody, whatever the limit."""
     with path.open("rb") as file:

@@ -70,3 +70,14 @@ def test_a_shorter_context_needs_less() -> None:
     config = EngineConfig(max_context_tokens=512).resolve(SHAPE, F32, CONTEXT_BYTES // 2)
     assert (config.max_context_tokens, config.kv_cache_bytes) == (512, CONTEXT_BYTES // 2)
     assert EngineConfig(max_context_tokens=1 << 20).resolve(SHAPE, F32, 1 << 40).max_context_tokens == 1024
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1"])
+def test_a_device_has_a_name(device: str) -> None:
+    assert EngineConfig(device=device).device == device
+
+
+@pytest.mark.parametrize("device", ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0"])
+def test_what_is_no_device_is_refused(device: str) -> None:
+    with pytest.raises(ValueError, match="device is"):
+        EngineConfig(device=device)

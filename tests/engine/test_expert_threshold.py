@@ -54,28 +54,28 @@ def dropped(weights: list[float], threshold: float, *, normalize: bool) -> tuple
     return ids_TK[0].tolist(), weights_TK[0].tolist()
 
 
-def test_what_is_below_the_threshold_names_the_first_expert_and_has_no_weight() -> None:
+def test_what_is_below_the_threshold_names_no_expert_and_has_no_weight() -> None:
     ids, weights = dropped([0.5, 0.3125, 0.125, 0.0625], 0.2, normalize=False)
-    assert (ids, weights) == ([10, 11, 10, 10], [0.5, 0.3125, 0.0, 0.0])
+    assert (ids, weights) == ([10, 11, -1, -1], [0.5, 0.3125, 0.0, 0.0])
 
 
 def test_the_threshold_is_of_a_share_of_the_chosen_experts_weights() -> None:
     # Probabilities of all experts, as a model without normalisation has them: shares are 1/2, 1/4, 1/8, 1/8.
     ids, weights = dropped([0.25, 0.125, 0.0625, 0.0625], 0.2, normalize=False)
-    assert (ids, weights) == ([10, 11, 10, 10], [0.25, 0.125, 0.0, 0.0])
+    assert (ids, weights) == ([10, 11, -1, -1], [0.25, 0.125, 0.0, 0.0])
     assert dropped([0.25, 0.125, 0.0625, 0.0625], 0.125, normalize=False)[0] == [10, 11, 12, 13]
 
 
 def test_where_the_model_normalises_what_is_left_takes_all() -> None:
     ids, weights = dropped([0.5, 0.25, 0.125, 0.125], 0.2, normalize=True)
-    assert ids == [10, 11, 10, 10]
+    assert ids == [10, 11, -1, -1]
     assert weights == pytest.approx([2 / 3, 1 / 3, 0, 0])
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_the_first_always_stays(normalize: bool) -> None:
     ids, weights = dropped([0.25, 0.25, 0.25, 0.25], 1.0, normalize=normalize)
-    assert (ids, weights) == ([10] * 4, [1.0 if normalize else 0.25, 0.0, 0.0, 0.0])
+    assert (ids, weights) == ([10, -1, -1, -1], [1.0 if normalize else 0.25, 0.0, 0.0, 0.0])
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -118,7 +118,7 @@ def test_a_threshold_is_asked_for_once_a_step() -> None:
         experts.begin_step([False])
         for layer in range(2):
             experts(routed_to(layer, h, ids, weights), h)
-    assert seen == [[5, 6], [5, 6], [5, 5], [5, 5]]
+    assert seen == [[5, 6], [5, 6], [5, -1], [5, -1]]
 
 
 def test_an_adaptive_threshold_rises_under_stall_only() -> None:

@@ -73,6 +73,27 @@ def test_a_tokens_product_has_the_same_bits_everywhere(weights: WeightFormat, ro
 
 
 @each_level
+def test_what_is_being_computed_waits_for_nobody_and_outlives_its_owner(level: str) -> None:
+    kernels = cpu_kernels(level)
+    layers = [placed_experts(kernels, expert_weights(WeightFormat.MXFP4, 9, 256, 512)) for _ in range(2)]
+    double = kernels.linear(weight_matrix(WeightFormat.MXFP4, 48, 256))
+    ids, shares = random_routes(40, 9, 4, seed=1)
+    h, x = random(40, 256), random(40, 256, seed=1)
+    layers[0](h, ids, shares, whole := x.clone())
+    alone = double(h)
+    for _ in range(20):
+        layers[0].begin(h, ids)
+        layers[0].compute(range(9))
+        assert same_bits(double(h), alone)  # while the others are at it
+        layers[0].finish(shares, again := x.clone())
+        assert same_bits(again, whole)
+        layers[1].begin(h, ids)
+        layers[1].compute(range(9))  # and never finished
+    layers[1].compute(range(9))
+    del double, layers, kernels
+
+
+@each_level
 @each_format
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("num_tokens", [1, 3, 40])

@@ -115,14 +115,16 @@ def test_experts_that_are_not_here_add_nothing(device: str, weights: WeightForma
 
 
 @on_device
-def test_an_expert_named_again_without_weight_changes_nothing(device: str) -> None:
+def test_a_place_without_an_expert_changes_nothing(device: str) -> None:
     experts = in_slots(expert_weights(WeightFormat.MXFP4, 4, 64, 32), range(4), device)
     ids, shares = random_routes(9, 4, 2, seed=1)
     h = random(9, 64)
-    repeated_ids = torch.cat([ids, ids[:, :1], ids[:, 1:]], dim=1)
-    repeated_shares = torch.cat([shares, torch.zeros(9, 2)], dim=1)
-    found = added(experts, h, repeated_ids, repeated_shares, device)
+    nothing = torch.full((9, 1), -1, dtype=torch.int32)
+    more_ids = torch.cat([nothing, ids[:, :1], nothing, ids[:, 1:]], dim=1)
+    more_shares = torch.cat([torch.ones(9, 1), shares[:, :1], torch.full((9, 1), torch.nan), shares[:, 1:]], dim=1)
+    found = added(experts, h, more_ids, more_shares, device)
     assert torch.equal(found, added(experts, h, ids, shares, device))
+    assert not added(experts, h, nothing, torch.ones(9, 1), device).any()
 
 
 @on_device

@@ -59,11 +59,17 @@ def routed_to(layer: int, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> R
     return Routed(layer=layer, h_TD=h_TD, ids_TK=ids_TK, weights_TK=weights_TK, ahead=())
 
 
-def make_engine(decoder: Decoder, config: EngineConfig, num_blocks: int = 400) -> Engine:
-    """An engine around a loaded decoder, with a float32 cache of this many blocks."""
+def make_engine(
+    decoder: Decoder, config: EngineConfig, num_blocks: int = 400, kernels: Kernels | None = None
+) -> Engine:
+    """An engine around a loaded decoder, with a float32 cache of this many blocks.
+
+    Args:
+        kernels: the decoder's; None: those under test.
+    """
     block_bytes = config.block_tokens * kv_bytes_per_token(decoder.shape, "f32")
     config = replace(config, kv_cache_bytes=num_blocks * block_bytes, kv_cache_dtype="f32")
-    return Engine("test", decoder, kernels_under_test(), config, blind_insight(decoder))
+    return Engine("test", decoder, kernels or kernels_under_test(), config, blind_insight(decoder))
 
 
 def blind_insight(decoder: Decoder) -> Insight:
@@ -101,7 +107,7 @@ def paged_logits(
     """Logits at every position, computed in chunks through the paged cache with scattered blocks."""
     block_tokens = 16
     num_blocks = -(-len(token_ids) // block_tokens)
-    cache = KVCache(decoder.shape, num_blocks, block_tokens, cache_dtype)
+    cache = KVCache(decoder.shape, num_blocks, block_tokens, cache_dtype, decoder.device)
     table = tuple(torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0)).tolist())
     logits = []
     for start in range(0, len(token_ids), chunk_tokens):

@@ -26,7 +26,7 @@ from localmoe.core.plans import BatchPlan, SequenceStep
 from localmoe.core.protocols import ExpertExecutor, Routed
 from localmoe.core.request import SamplingParams
 from localmoe.engine.config import EngineConfig, kv_bytes_per_token, num_weights
-from localmoe.engine.executor import Executor
+from localmoe.engine.executor import Executor, forward_with
 from localmoe.engine.kv_cache import KVCache
 from localmoe.engine.load import load_decoder
 from localmoe.formats.packed import packed_bytes
@@ -90,22 +90,26 @@ class RecordingExperts:
     """Computes experts and remembers which."""
 
     def __init__(self, experts: ExpertExecutor[Tensor]) -> None:
-        self._experts = experts
-        self._ids: list[NDArray[np.int32]] = []
+        self.watched = experts
+        self.needs_each_layer = False
+        self._ids: list[Tensor] = []
 
     def begin_step(self, is_prompt_T: Sequence[bool]) -> None:
-        self._experts.begin_step(is_prompt_T)
+        self.watched.begin_step(is_prompt_T)
 
     def state(self) -> TierState | None:
-        return self._experts.state()
+        return self.watched.state()
 
     def __call__(self, routed: Routed[Tensor], x_TD: Tensor) -> None:
-        self._ids.append(routed.ids_TK.numpy())
-        self._experts(routed, x_TD)
+        self._ids.append(routed.ids_TK)
+        self.watched(routed, x_TD)
+
+    def replayed(self, ids_LTK: Tensor) -> None:
+        self._ids += ids_LTK
 
     def take(self) -> NDArray[np.int32]:
         """Experts [layers, T, K] of the step since the last call."""
-        ids_LTK = np.stack(self._ids)
+        ids_LTK: NDArray[np.int32] = torch.stack(self._ids).numpy(force=True)
         self._ids = []
         return ids_LTK
 
@@ -254,8 +258,9 @@ class StepBench:
         decoder.experts = self._recorder
         self._num_blocks = num_blocks = cache_blocks(workload, config.block_tokens)
         dtype = torch.float32 if self._kv_dtype == "f32" else torch.bfloat16
-        cache = KVCache(decoder.shape, num_blocks, config.block_tokens, dtype)
-        self._executor = Executor(decoder, cache, kernels)
+        cache = KVCache(decoder.shape, num_blocks, config.block_tokens, dtype, kernels.device)
+        forward = forward_with(decoder, cache, self._recorder, max_num_seqs=max(workload.streams))
+        self._executor = Executor(decoder, cache, kernels, forward)
         self._rng = np.random.default_rng(0)
 
     def prefill_s(self, num_tokens: int) -> float:

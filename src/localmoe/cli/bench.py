@@ -17,6 +17,7 @@ from localmoe.engine.config import EngineConfig
 if TYPE_CHECKING:
     from localmoe.bench.cache import CacheReport
     from localmoe.bench.engine import EngineReport
+    from localmoe.bench.gpu import GpuReport
     from localmoe.bench.kernels import KernelReport
     from localmoe.bench.tiers import TiersReport
     from localmoe.kernels.base import Kernels
@@ -157,6 +158,53 @@ def tiers(
 
 
 @app.command(
+    epilog="Examples: localmoe bench gpu · localmoe bench gpu --shape qwen3-30b-a3b --streams 1,64 --json · "
+    "localmoe bench gpu --device cuda:1"
+)
+def gpu(
+    shape: Annotated[str, typer.Option(help="As of `localmoe bench engine`.")] = "olmoe-1b-7b",
+    weights: Annotated[
+        Literal["mxfp4", "nvfp4", "int8", "bf16"],
+        typer.Option("--format", help="Format of the experts; a GGUF file's is mxfp4."),
+    ] = "mxfp4",
+    device: Annotated[
+        str | None, typer.Option(help="Which GPU, as cuda:1; by default the server's setting, or the first.")
+    ] = None,
+    threads: Threads = None,
+    level: Level = None,
+    streams: Annotated[
+        str, typer.Option(help="Numbers of sequences to decode at once; 1 is always measured.")
+    ] = "1,8,32,64",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 512,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a GPU that holds a whole model: steps against its memory's bandwidth and against the processor, copies
+    of experts, and the time to first token with 100 requests open at a time (128-token prompts, Poisson arrivals).
+
+    Uses the store that `localmoe bench engine` uses, and writes it if it is not there yet.
+    """
+    counts = _parse_streams(streams)
+    from localmoe.bench.engine import Workload
+    from localmoe.bench.gpu import GpuWorkload, measure_gpu, require_gpu
+    from localmoe.bench.shapes import find_model
+    from localmoe.bench.streams import Streams
+    from localmoe.bench.weights import ensure_store
+
+    model, settings = find_model(shape), load_settings()
+    found = require_gpu(device or settings.engine.device)
+    config = replace(settings.engine, num_threads=_num_threads(threads, settings.engine))
+    kernels = _kernels(config, level, config.num_threads or 1)
+    with progress_bars() as on_progress:
+        path = ensure_store(model, WeightFormat(weights), settings.home, on_progress)
+    workload = GpuWorkload(steps=Workload(streams=counts, prompt_tokens=prompt_tokens), streams=Streams())
+    report = measure_gpu(model, path, found, kernels, config, workload, _say)
+    if as_json:
+        _print_json(report)
+    else:
+        _print_gpu(report)
+
+
+@app.command(
     epilog="Examples: localmoe bench kernels · localmoe bench kernels --threads 1 --level avx2 --json · "
     "localmoe bench kernels --kernels moe --shape qwen3-30b-a3b"
 )
@@ -224,7 +272,7 @@ def cache(
         _print_cache(reports)
 
 
-def _print_json(report: "EngineReport | KernelReport | TiersReport | CacheReport") -> None:
+def _print_json(report: "EngineReport | GpuReport | KernelReport | TiersReport | CacheReport") -> None:
     import msgspec
 
     typer.echo(msgspec.json.encode(report).decode())
@@ -298,6 +346,32 @@ def _print_engine(report: "EngineReport") -> None:
             f"{report.step_bytes[count] / 1e6:.0f}",
             f"{report.read_gb_s[count]:.1f}",
             f"{report.roof_fraction[count]:.0%}",
+        )
+    console.print(table)
+
+
+def _print_gpu(report: "GpuReport") -> None:
+    console = Console()
+    utilisation = "NVML does not say how busy" if report.utilisation is None else f"{report.utilisation:.0%} busy"
+    for line in (
+        f"{report.shape}, {report.format}, on {report.gpu}, which reads {report.read_bandwidth_gb_s:.0f} GB/s; "
+        f"beside it {report.cpu}",
+        f"copies to the GPU: {report.pinned_copy_gb_s:.1f} GB/s, experts {report.expert_copy_gb_s:.1f} GB/s "
+        f"({report.expert_copy_fraction:.0%})",
+        f"prefill of {report.prompt_tokens} tokens: {report.prefill_tok_s:.0f} tok/s",
+        f"{report.streams} streams of {report.stream_prompt_tokens} + {report.stream_output_tokens} tokens: "
+        f"{report.saturated_tok_s:.0f} tok/s, {utilisation}; at {report.arrivals_s:.1f} arrivals a second, the first "
+        f"token comes after {report.mean_first_token_ms:.0f} ms (95 % within {report.p95_first_token_ms:.0f} ms)",
+    ):
+        console.print(line, highlight=False)
+    table = Table("streams", "tok/s", "MB a step", "of the roof", "tok/s on the processor")
+    for count, rate in report.aggregate_tok_s.items():
+        table.add_row(
+            str(count),
+            f"{rate:.1f}",
+            f"{report.step_bytes[count] / 1e6:.0f}",
+            f"{report.roof_fraction[count]:.0%}",
+            f"{report.cpu_aggregate_tok_s[count]:.1f}",
         )
     console.print(table)
 

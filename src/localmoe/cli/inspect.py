@@ -104,7 +104,7 @@ def _print_experts(console: Console, inspection: Inspection) -> None:
     total = inspection.num_layers * inspection.num_experts
     lines = [f"{inspection.model}: all {total} experts are in memory, {_size(inspection.expert_bytes)} each"]
     if tiers is not None:
-        uses = max(1, tiers.hits + tiers.misses)
+        uses = max(1, tiers.hits + tiers.misses + tiers.device_hits)
         lines = [
             f"{inspection.model}: {tiers.num_present} of {total} experts are in memory, {tiers.num_slots} fit, "
             f"{_size(inspection.expert_bytes)} each",
@@ -113,6 +113,13 @@ def _print_experts(console: Console, inspection: Inspection) -> None:
             f"read ahead: {tiers.prefetches}; {tiers.prefetches_useful} useful, {tiers.prefetches_late} late, "
             f"{tiers.prefetches_wasted} wasted",
         ]
+        if tiers.device_slots:
+            lines += [
+                f"on the device: {tiers.num_on_device} experts, {tiers.device_slots} fit; {tiers.device_hits} uses "
+                f"found one there ({tiers.device_hits / uses:.1%}), {tiers.device_fetches} fetched one from memory",
+                f"copies: {tiers.copies_in} to the device, {tiers.copies_out} back; {tiers.device_evictions} "
+                f"evictions there",
+            ]
     for line in lines:
         console.print(line, highlight=False, markup=False)
     table = Table("layer", "in memory", "tokens", "top tenth", "heat")

@@ -43,6 +43,9 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Compute threads.", show_default="one per physical core")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="What computes: cpu, cuda, cuda:1 and so on.", show_default="auto")
+    ] = None,
     profile: Annotated[
         Profile | None, typer.Option(help="Defaults for what is not set otherwise.", show_default="auto")
     ] = None,
@@ -71,9 +74,8 @@ def serve(
       localmoe serve mixtral --profile low_latency --config site.yaml
     """
     settings = load_settings(config=config, profile=profile, on_note=lambda note: _say(f"note: {note}"))
-    if routing_trace is not None:
-        engine = replace(settings.engine, routing_trace=str(routing_trace))
-        settings = settings.model_copy(update={"engine": engine})
+    flags = {"routing_trace": routing_trace, "device": device}
+    settings = _with_flags(settings, {name: str(value) for name, value in flags.items() if value is not None})
     _check_writable(settings.engine.routing_trace)
     listener = _bind(host or settings.host, settings.port if port is None else port)
     with listener:
@@ -82,6 +84,15 @@ def serve(
         import uvloop
 
         uvloop.run(_serve(settings, catalog, model, weights, threads, listener))
+
+
+def _with_flags(settings: Settings, flags: dict[str, str]) -> Settings:
+    """Settings with the engine's that the command line says. Raises ConfigError."""
+    try:
+        engine = replace(settings.engine, **flags)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from error
+    return settings.model_copy(update={"engine": engine})
 
 
 def _check_writable(trace: str | None) -> None:

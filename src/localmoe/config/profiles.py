@@ -35,8 +35,6 @@ PROFILES: Mapping[Profile, Mapping[str, Any]] = {
             "max_num_batched_tokens": 512,
             # Pays most with few sequences, whose steps have room for guesses.
             "speculation": True,
-            # Guesses on later layers are wrong more often, and the disk is needed for what is used.
-            "tiers": {"prefetch_layers": 1},
         }
     },
     Profile.BALANCED: {
@@ -47,8 +45,6 @@ PROFILES: Mapping[Profile, Mapping[str, Any]] = {
             # A prompt of 1000 tokens reads the experts once, not twice; those being decoded wait twice as long.
             "max_num_batched_tokens": 1024,
             "speculation": True,
-            # With more sequences a layer takes longer, and there is time to read further ahead.
-            "tiers": {"prefetch_layers": 2},
         }
     },
     Profile.HIGH_THROUGHPUT: {
@@ -63,7 +59,6 @@ PROFILES: Mapping[Profile, Mapping[str, Any]] = {
             "max_num_queued": 4000,
             # Large batches leave little to gain, and looking guesses up takes memory and time for every sequence.
             "speculation": False,
-            "tiers": {"prefetch_layers": 2},
         }
     },
     Profile.SMALL_MEMORY: {
@@ -78,9 +73,8 @@ PROFILES: Mapping[Profile, Mapping[str, Any]] = {
             # Waiting requests take memory too.
             "max_num_queued": 32,
             "speculation": True,
-            # Of few slots, one read ahead takes the place of an expert that is kept; one layer is guessed well.
             # Where nothing can be swapped out, more is left alone: to be killed costs more than a few experts.
-            "tiers": {"prefetch_layers": 1, "reserve_bytes": 256 * MIB},
+            "tiers": {"reserve_bytes": 256 * MIB},
         }
     },
 }

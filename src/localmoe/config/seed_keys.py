@@ -53,7 +53,7 @@ TUNING_BLOCKS: Mapping[str, Mapping[str, TuningKey]] = {
             kind=bool, note="always on: what is present is computed while the rest arrives; ignored"
         ),
         "use_cuda_graph": TuningKey(
-            kind=bool, note="it saves launches on a GPU, and the CPU kernels have none; ignored"
+            kind=bool, note="always on where a GPU holds all experts, and the CPU kernels launch nothing; ignored"
         ),
         "use_parallel_compute": TuningKey(
             kind=bool, note="always on, with engine.num_threads threads, one per physical core by default; ignored"

@@ -73,6 +73,10 @@ class EngineFaultError(LocalMoEError):
     """The engine failed while computing this request; the engine itself lives on."""
 
 
+class DeviceError(EngineFaultError):
+    """A GPU failed while it copied or computed."""
+
+
 class ModelFileError(LocalMoEError):
     """A model file is missing, damaged, or not what it claims to be. The message begins with its path."""
 

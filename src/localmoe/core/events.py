@@ -43,7 +43,7 @@ class TierState(msgspec.Struct, frozen=True, kw_only=True):
     num_present: int
     """Experts in RAM now."""
     hits: int
-    """Uses of an expert, in a layer and step, that found it kept from an earlier use."""
+    """Uses of an expert, in a layer and step, that found it kept in RAM from an earlier use."""
     misses: int
     """Uses that had it read, ahead or on demand."""
     evictions: int
@@ -63,6 +63,23 @@ class TierState(msgspec.Struct, frozen=True, kw_only=True):
     """Time in which the disk had something to read."""
     disk_errors: int
     """Reads that failed, or brought something damaged."""
+    device_slots: int = 0
+    """Experts that fit on the device; 0 where there is none."""
+    device_slot_bytes: int = 0
+    """Device memory that one takes."""
+    num_on_device: int = 0
+    """Experts whose place is there now; they are not counted as present in RAM, unless RAM holds all."""
+    device_hits: int = 0
+    """Uses of an expert that found it there; neither hits nor misses."""
+    device_fetches: int = 0
+    """Of the hits in RAM, those that the device computed, with a copy for the purpose."""
+    device_evictions: int = 0
+    copies_in: int = 0
+    """Experts copied from RAM to the device, to be used at once or to stay."""
+    copies_out: int = 0
+    """Experts copied back."""
+    copies_busy_s: float = 0.0
+    """Sum of the times that copies took."""
 
 
 class EngineState(msgspec.Struct, frozen=True, kw_only=True):

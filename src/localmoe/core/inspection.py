@@ -18,12 +18,12 @@ class MemoryShare(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
-    """RAM, as planned when the engine started and as it is used now."""
+    """RAM, or the memory of the GPU that computes, as planned when the engine started and as it is used now."""
 
     budget_bytes: int
     """What the engine may take, the reserve taken off."""
     process_bytes: int
-    """What the system counts as the process's, files that it has mapped included."""
+    """RAM: what the system counts as the process's, files that it has mapped included."""
     shares: list[MemoryShare]
 
 
@@ -43,7 +43,7 @@ class LinkUse(msgspec.Struct, frozen=True, kw_only=True):
     """Totals of what was moved from one tier to another since start."""
 
     name: str
-    """`disk_ram`."""
+    """`disk_ram`, or `ram_device` in both directions."""
     num_transfers: int
     num_bytes: int
     busy_s: float
@@ -71,7 +71,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     heat: list[list[int]]
     """[layers][experts]: tokens that chose the expert so far."""
     placement: list[list[str]]
-    """[layers][experts]: the fastest tier that the expert is in, `ram` or `disk`."""
+    """[layers][experts]: the fastest tier that the expert is in: `device` (a GPU's memory), `ram` or `disk`."""
 
 
 class InspectionList(msgspec.Struct, frozen=True, kw_only=True):

@@ -49,7 +49,7 @@ class Routed(Generic[T]):
     h_TD: T
     """[T, D] float32, what experts compute with."""
     ids_TK: T
-    """[T, K] int32, the experts chosen, the likeliest first."""
+    """[T, K] int32, the experts chosen, the likeliest first; -1 where nothing is to be computed for a place."""
     weights_TK: T
     """[T, K] float32."""
     ahead: Sequence[Callable[[T], T]]

@@ -17,6 +17,10 @@ logger = logging.getLogger(__name__)
 
 _FEWEST_SLOTS = 2
 """One to compute with while the other is filled."""
+_VRAM_RESERVE_BYTES = 512 << 20
+"""Left alone of a GPU's free memory: for machine code, and for what torch's allocator cannot use."""
+_DRAW_BYTES = 56
+"""Of a logit while tokens are drawn on a GPU: itself, as a probability, sorted, and summed up in float64 twice."""
 
 
 class StoreSizes(Protocol):
@@ -40,7 +44,11 @@ class StoreSizes(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Shares of the RAM budget, in bytes; what is left over is less than one expert."""
+    """Shares of a budget, in bytes; what is left over is less than one expert.
+
+    The budget is of RAM, or of a GPU's memory where that computes: keys and values, workspace and dense weights are
+    where they are computed with.
+    """
 
     budget_bytes: int
     """The reserve is already taken off."""
@@ -53,15 +61,19 @@ class MemoryPlan:
     """Layers whose attention is read for each step, because it does not fit."""
     num_slots: int | None
     """Experts that fit beside all this; None: the whole store does, and is used where it is mapped."""
+    num_device_slots: int | None = None
+    """Experts that fit beside all this in the GPU's memory; None: the budget is of RAM."""
     slot_bytes: int
 
     def __str__(self) -> str:
-        experts = "all experts" if self.num_slots is None else f"{self.num_slots} experts"
+        num_slots = self.num_slots if self.num_device_slots is None else self.num_device_slots
+        experts = "all experts" if num_slots is None else f"{num_slots} experts"
+        where = "memory" if self.num_device_slots is None else "the GPU's memory"
         streamed = (
             f" (attention of {len(self.streamed_layers)} layers is streamed)" if self.streamed_layers else ""
         )
         return (
-            f"{_mib(self.budget_bytes)} of memory: keys and values {_mib(self.kv_cache_bytes)}, workspace "
+            f"{_mib(self.budget_bytes)} of {where}: keys and values {_mib(self.kv_cache_bytes)}, workspace "
             f"{_mib(self.workspace_bytes)}, dense weights {_mib(self.dense_bytes)}{streamed}, {experts} of "
             f"{_mib(self.slot_bytes)}"
         )
@@ -73,20 +85,41 @@ def settle_config(store: StoreSizes, kernels: Kernels, config: EngineConfig, ava
     Raises:
         EngineStartError: not even then.
     """
-    shape = store.shape
     left_bytes = _budget_bytes(config, available_bytes)
-    left_bytes -= workspace_bytes(shape, config.max_num_batched_tokens, config.max_num_seqs)
-    stored_bytes = kernels.memory_bytes(store.total_bytes, num_weights(shape))
+    left_bytes -= workspace_bytes(store.shape, config.max_num_batched_tokens, config.max_num_seqs)
+    stored_bytes = kernels.memory_bytes(store.total_bytes, num_weights(store.shape))
+    return _settle(store, config, left_bytes, stored_bytes)
+
+
+def settle_device_config(store: StoreSizes, config: EngineConfig, free_bytes: int) -> EngineConfig:
+    """The same in a GPU's memory, of which so much is free.
+
+    Raises:
+        EngineStartError: not even then.
+    """
+    left_bytes = _vram_budget_bytes(config, free_bytes) - device_workspace_bytes(store.shape, config)
+    return _settle(store, config, left_bytes, store.total_bytes)
+
+
+def _settle(store: StoreSizes, config: EngineConfig, left_bytes: int, stored_bytes: int) -> EngineConfig:
     try:
-        return config.resolve(shape, store.weights, left_bytes - stored_bytes)
+        return config.resolve(store.shape, store.weights, left_bytes - stored_bytes)
     except EngineStartError:
-        dense_bytes = sum(entry.num_bytes for entry in store.dense_entries)
-        return config.resolve(shape, store.weights, left_bytes - dense_bytes)
+        return config.resolve(store.shape, store.weights, left_bytes - _dense_bytes(store))
 
 
 def _budget_bytes(config: EngineConfig, available_bytes: int) -> int:
     tiers = config.tiers
     return min(available_bytes, tiers.ram_bytes or available_bytes) - tiers.reserve_bytes
+
+
+def _vram_budget_bytes(config: EngineConfig, free_bytes: int) -> int:
+    left_bytes = free_bytes - _VRAM_RESERVE_BYTES
+    return min(left_bytes, config.tiers.vram_bytes or left_bytes)
+
+
+def _dense_bytes(store: StoreSizes) -> int:
+    return sum(entry.num_bytes for entry in store.dense_entries)
 
 
 def plan_memory(store: StoreSizes, kernels: Kernels, config: EngineConfig, available_bytes: int) -> MemoryPlan:
@@ -103,7 +136,7 @@ def plan_memory(store: StoreSizes, kernels: Kernels, config: EngineConfig, avail
     assert config.kv_cache_bytes is not None, "resolved"
     budget_bytes = _budget_bytes(config, available_bytes)
     workspace = workspace_bytes(shape, config.max_num_batched_tokens, config.max_num_seqs)
-    dense_bytes = sum(entry.num_bytes for entry in store.dense_entries)
+    dense_bytes = _dense_bytes(store)
     slot_bytes = stride_bytes(store.blob_bytes)
     num_experts = shape.num_layers * shape.num_experts
     left_bytes = budget_bytes - config.kv_cache_bytes - workspace
@@ -136,6 +169,66 @@ def plan_memory(store: StoreSizes, kernels: Kernels, config: EngineConfig, avail
     return plan
 
 
+def plan_device_memory(store: StoreSizes, config: EngineConfig, free_bytes: int) -> MemoryPlan:
+    """Divide a GPU's memory.
+
+    Args:
+        config: with its `kv_cache_bytes`.
+        free_bytes: of the GPU's memory, before anything is loaded.
+
+    Raises:
+        EngineStartError: what every token needs does not fit.
+    """
+    assert config.kv_cache_bytes is not None, "resolved"
+    budget_bytes, dense_bytes = _vram_budget_bytes(config, free_bytes), _dense_bytes(store)
+    workspace = device_workspace_bytes(store.shape, config)
+    left_bytes = budget_bytes - config.kv_cache_bytes - workspace - dense_bytes
+    if left_bytes < 0:
+        raise EngineStartError(
+            f"not enough memory on the GPU: {_mib(budget_bytes)} are to be used; keys and values take "
+            f"{_mib(config.kv_cache_bytes)}, workspace {_mib(workspace)}, dense weights {_mib(dense_bytes)}; lower "
+            f"max_context_tokens, kv_cache_bytes, max_num_seqs or max_num_batched_tokens, or set device to cpu"
+        )
+    plan = MemoryPlan(
+        budget_bytes=budget_bytes,
+        kv_cache_bytes=config.kv_cache_bytes,
+        workspace_bytes=workspace,
+        dense_bytes=dense_bytes,
+        num_slots=None,
+        num_device_slots=min(left_bytes // store.blob_bytes, store.shape.num_layers * store.shape.num_experts),
+        slot_bytes=store.blob_bytes,
+    )
+    logger.info("%s", plan)
+    return plan
+
+
+def plan_host_slots(store: StoreSizes, kernels: Kernels, config: EngineConfig, available_bytes: int) -> int | None:
+    """Experts that RAM holds beside a GPU; None: all of them, where the store is mapped.
+
+    Args:
+        kernels: of the CPU.
+        available_bytes: of RAM, beside what the process has already taken.
+
+    Raises:
+        EngineStartError: not even two.
+    """
+    shape = store.shape
+    left_bytes = _budget_bytes(config, available_bytes)
+    left_bytes -= workspace_bytes(shape, config.max_num_batched_tokens, config.max_num_seqs)
+    if kernels.memory_bytes(store.total_bytes, num_weights(shape)) <= left_bytes:
+        return None
+    num_experts = shape.num_layers * shape.num_experts
+    slot_bytes = max(stride_bytes(store.blob_bytes), kernels.memory_bytes(0, num_weights(shape) // num_experts))
+    if left_bytes < _FEWEST_SLOTS * slot_bytes:
+        raise EngineStartError(
+            f"not enough memory: {_mib(available_bytes)} of RAM hold less than {_FEWEST_SLOTS} experts, which the "
+            f"GPU does not hold all; give ram_bytes more, or choose a smaller format"
+        )
+    num_slots = min(left_bytes // slot_bytes, num_experts)
+    logger.info("%d of %d experts in RAM", num_slots, num_experts)
+    return num_slots
+
+
 def _streamed_layers(store: StoreSizes, excess_bytes: int) -> tuple[int, ...]:
     """Layers to stream so that so much of the dense weights need not stay in memory; as many as there are if that
     does not suffice. They are spread over the model, so that the disk has time for each."""
@@ -160,6 +253,13 @@ def workspace_bytes(shape: ModelShape, num_tokens: int, num_seqs: int) -> int:
     # Inputs in int8 and float32; of each chosen expert inputs, hidden and outputs; queries, keys, values, attended.
     per_token = 4 * (4 * D + K * (D // 2 + 2 * F + D) + projected) + 4 * shape.num_experts
     return num_tokens * per_token + 2 * 4 * num_seqs * shape.vocab_size
+
+
+def device_workspace_bytes(shape: ModelShape, config: EngineConfig) -> int:
+    """What the largest step computes in on a GPU: there, draws and the scores of a prompt's tokens take memory."""
+    num_tokens, num_seqs = config.max_num_batched_tokens, config.max_num_seqs
+    num_logits = (_DRAW_BYTES * num_seqs + 4 * num_tokens) * shape.vocab_size
+    return workspace_bytes(shape, num_tokens, num_seqs) + num_logits
 
 
 def _mib(num_bytes: int) -> str:

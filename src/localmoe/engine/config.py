@@ -1,5 +1,6 @@
 """Settings of the native engine."""
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -22,6 +23,9 @@ class EngineConfig:
     """Compute threads; None: one per physical core that the process may use."""
     pin_threads: bool = False
     """Keep each compute thread on one processor; pays where the engine has its processors to itself."""
+    device: str = "auto"
+    """What computes: `cpu`; `cuda` or `cuda:N`, a GPU of compute capability 8.0 or higher; `auto`: the first such
+    GPU, or the processor where there is none."""
     cpu_level: str = "auto"
     """Instructions to compute with: `avx2`, `avx_vnni`, `avx512_vnni`, `amx`, or `reference` for plain torch;
     `auto`: the best that this machine runs."""
@@ -65,6 +69,8 @@ class EngineConfig:
                 continue
             if not value > 0:
                 raise ValueError(f"{name} is {value}; it must be positive")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device, re.ASCII):
+            raise ValueError(f"device is {self.device!r}; it must be auto, cpu, cuda, or cuda:0 and so on")
         if not 0 <= self.expert_threshold <= 1:
             raise ValueError(f"expert_threshold is {self.expert_threshold}; it must be from 0 to 1")
         if self.kv_cache_share > 1:

@@ -12,7 +12,7 @@ from localmoe.core.inspection import Inspection
 from localmoe.core.request import Request, RequestFailed, TokenChunk
 from localmoe.engine.block_pool import BlockPool
 from localmoe.engine.config import EngineConfig, kv_bytes_per_token
-from localmoe.engine.executor import Executor
+from localmoe.engine.executor import Executor, forward_with
 from localmoe.engine.insight import Insight
 from localmoe.engine.kv_cache import KVCache
 from localmoe.engine.scheduler import Scheduler
@@ -44,12 +44,17 @@ class Engine:
         num_blocks = config.kv_cache_bytes // (
             config.block_tokens * kv_bytes_per_token(shape, config.kv_cache_dtype)
         )
+        compiles = kernels.device.type == "cuda"
+        self.warm_up_tokens = min(config.max_num_batched_tokens, self._max_context_tokens - 2) if compiles else 2
+        """Of a prompt after which no other of usual sizes waits for kernels to be compiled."""
         dtype = torch.bfloat16 if config.kv_cache_dtype == "bf16" else torch.float32
         self._pool = BlockPool(num_blocks)
         self._speculation = SpeculationController()
         self._scheduler = Scheduler(config, self._pool, self._speculation)
         self._insight = insight
-        self._executor = Executor(decoder, KVCache(shape, num_blocks, config.block_tokens, dtype), kernels)
+        cache = KVCache(shape, num_blocks, config.block_tokens, dtype, kernels.device)
+        forward = forward_with(decoder, cache, insight.experts, max_num_seqs=config.max_num_seqs)
+        self._executor = Executor(decoder, cache, kernels, forward)
 
     @property
     def has_work(self) -> bool:
@@ -93,6 +98,7 @@ class Engine:
         except Exception as error:
             # Whatever went wrong (memory, a damaged weight), it must cost this step's requests only.
             logger.exception("step of %d tokens failed", plan.num_tokens)
+            self._executor.ensure_device()  # but a GPU that is lost costs the process, which is replaced
             return self._scheduler.fail(plan, f"the engine failed: {error}")
         self._speculation.observe(plan, time.perf_counter() - started_s)
         return self._scheduler.update(plan, results)

@@ -1,5 +1,6 @@
 """Carries out a batch plan: one forward pass, then the tokens of each sequence that is due any."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 
@@ -12,8 +13,26 @@ from localmoe.core.request import TokenLogprob
 from localmoe.engine.kv_cache import KVCache, place
 from localmoe.engine.sampler import draws_of, sample, score
 from localmoe.engine.speculation import agreed
-from localmoe.kernels.base import Kernels
+from localmoe.engine.watch import Watch
+from localmoe.kernels.base import Kernels, PagedStep
 from localmoe.models.decoder import Decoder
+
+Forward = Callable[[Tensor, PagedStep], Tensor]
+"""As `Decoder.forward`, with a cache."""
+
+
+def forward_with(decoder: Decoder, cache: KVCache, watch: Watch, *, max_num_seqs: int) -> Forward:
+    """The decoder's forward pass; where it computes everything on a GPU, its decode steps are captured graphs.
+
+    Args:
+        watch: on the decoder's experts.
+        max_num_seqs: most sequences in one step.
+    """
+    if decoder.device.type != "cuda" or watch.state() is not None:
+        return lambda token_ids_T, step: decoder.forward(token_ids_T, cache, step)
+    from localmoe.engine.cuda_graphs import CudaCapture, DecodeGraphs
+
+    return DecodeGraphs(decoder, cache, watch, CudaCapture(), max_num_seqs=max_num_seqs)
 
 
 class Executor:
@@ -23,10 +42,12 @@ class Executor:
         decoder: with its weights loaded.
         cache: as many blocks as the scheduler hands out.
         kernels: draw tokens.
+        forward: the decoder's, with this cache.
     """
 
-    def __init__(self, decoder: Decoder, cache: KVCache, kernels: Kernels) -> None:
+    def __init__(self, decoder: Decoder, cache: KVCache, kernels: Kernels, forward: Forward) -> None:
         self._decoder = decoder
+        self._forward = forward
         self._cache = cache
         self._kernels = kernels
 
@@ -37,7 +58,7 @@ class Executor:
         token_ids_T = torch.tensor([token for step in steps for token in step.token_ids], dtype=torch.int32)
         placed = place(steps, self._cache.block_tokens, self._decoder.frequencies)
         self._decoder.experts.begin_step([step.computes_prompt for step in steps for _ in step.token_ids])
-        hidden_TD = self._decoder.forward(token_ids_T, self._cache, placed)
+        hidden_TD = self._forward(token_ids_T, placed)
 
         ends = list(accumulate(len(step.token_ids) for step in steps))
         results = self._sample(steps, ends, hidden_TD)
@@ -46,6 +67,11 @@ class Executor:
                 scores = self._score_prompt(step, hidden_TD[end - len(step.token_ids) : end])
                 results[i] = replace(results[i], prompt_logprobs=scores)
         return {step.sequence_id: result for step, result in zip(steps, results, strict=True)}
+
+    def ensure_device(self) -> None:
+        """Raise what a GPU that is lost raises at whatever it is asked, if it is."""
+        if self._decoder.device.type == "cuda":
+            torch.cuda.synchronize(self._decoder.device)
 
     def tier_state(self) -> TierState | None:
         return self._decoder.experts.state()
@@ -57,7 +83,9 @@ class Executor:
             return results
         draws = [draw for i in due for draw in draws_of(steps[i])]
         rows = [row for i in due for row in range(ends[i] - steps[i].num_drafts - 1, ends[i])]
-        logits_SV = self._decoder.logits(hidden_TD[rows])
+        # In a decode step all are due: then a GPU need not be told which.
+        last_SD = hidden_TD if len(rows) == len(hidden_TD) else hidden_TD[rows]
+        logits_SV = self._decoder.logits(last_SD)
         # Scores are of the logits before bias and penalties, which change them in place.
         scored = any(draw.sampling.logprobs is not None for draw in draws)
         raw_SV = logits_SV.clone() if scored else logits_SV

@@ -1,8 +1,7 @@
 """Skips experts that have little weight, so that they need not be read. Lossy, and off unless it is asked for.
 
 A token's chosen experts whose share of the router weights is below a threshold are dropped, but never its first. A
-dropped place keeps its shape: it gets weight 0 and names the token's first expert once more. So kernels need no
-change, and no expert is read for it.
+dropped place has weight 0 and names no expert (-1), so that none is read or computed for it.
 
 Shape suffixes: T tokens, D hidden size, K experts per token.
 """
@@ -12,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from localmoe.core.events import TierState
@@ -48,7 +46,7 @@ def drop_experts(
     totals_T1 = weights_TK.cumsum(-1)[:, -1:]
     dropped_TK = weights_TK < threshold * totals_T1
     dropped_TK[:, 0] = False
-    ids_TK = torch.where(dropped_TK, ids_TK[:, :1], ids_TK)
+    ids_TK = ids_TK.masked_fill(dropped_TK, -1)
     weights_TK = weights_TK.masked_fill(dropped_TK, 0.0)
     if normalize:
         weights_TK *= totals_T1 / weights_TK.cumsum(-1)[:, -1:]

@@ -49,18 +49,19 @@ class Insight:
                 shares=self._shares(state),
             ),
             tiers=state.tiers,
-            links=[] if state.tiers is None else [_disk_to_ram(state.tiers)],
+            links=[] if state.tiers is None else _links(state.tiers),
             layer_times=experts.layer_times(),
             heat=experts.heat(),
-            placement=[
-                ["ram" if present else "disk" for present in layer] for layer in experts.present().tolist()
-            ],
+            placement=experts.placement(),
         )
 
     def _shares(self, state: EngineState) -> list[MemoryShare]:
         plan, tiers = self._plan, state.tiers
         if tiers is None:
             planned_bytes = used_bytes = self._shape.num_layers * self._shape.num_experts * self._expert_bytes
+        elif tiers.device_slots:
+            planned_bytes = tiers.device_slots * tiers.device_slot_bytes
+            used_bytes = tiers.num_on_device * tiers.device_slot_bytes
         else:
             planned_bytes = tiers.num_slots * tiers.slot_bytes
             used_bytes = tiers.num_present * tiers.slot_bytes
@@ -73,14 +74,28 @@ class Insight:
         ]
 
 
-def _disk_to_ram(tiers: TierState) -> LinkUse:
-    return LinkUse(
-        name="disk_ram",
-        num_transfers=tiers.disk_reads,
-        num_bytes=tiers.disk_bytes,
-        busy_s=tiers.disk_busy_s,
-        stall_s=tiers.stall_s,
-    )
+def _links(tiers: TierState) -> list[LinkUse]:
+    links = [
+        LinkUse(
+            name="disk_ram",
+            num_transfers=tiers.disk_reads,
+            num_bytes=tiers.disk_bytes,
+            busy_s=tiers.disk_busy_s,
+            stall_s=tiers.stall_s,
+        )
+    ]
+    if tiers.device_slots:
+        num_copies = tiers.copies_in + tiers.copies_out
+        links.append(
+            LinkUse(
+                name="ram_device",
+                num_transfers=num_copies,
+                num_bytes=num_copies * tiers.device_slot_bytes,
+                busy_s=tiers.copies_busy_s,
+                stall_s=0.0,  # the processor computes meanwhile, and what is at home on the device
+            )
+        )
+    return links
 
 
 def _process_bytes() -> int:

@@ -18,15 +18,17 @@ class KVCache:
     Keys are [N blocks, G heads, d, B tokens], so that a kernel's lanes are neighbouring tokens; values [N, G, B, d].
     """
 
-    def __init__(self, shape: ModelShape, num_blocks: int, block_tokens: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: ModelShape, num_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.block_tokens = block_tokens
         heads, layers = (num_blocks, shape.num_kv_heads), range(shape.num_layers)
-        self.keys = [_lazy_zeros((*heads, shape.head_dim, block_tokens), dtype) for _ in layers]
-        self.values = [_lazy_zeros((*heads, block_tokens, shape.head_dim), dtype) for _ in layers]
+        self.keys = [_zeros((*heads, shape.head_dim, block_tokens), dtype, device) for _ in layers]
+        self.values = [_zeros((*heads, block_tokens, shape.head_dim), dtype, device) for _ in layers]
 
     def scrub(self, blocks: Sequence[int]) -> None:
         """Zero what is not a finite number in these blocks, before they go to another sequence."""
-        index = torch.tensor(blocks)
+        index = torch.tensor(blocks, device=self.keys[0].device)
         for cache in (*self.keys, *self.values):
             cache[index] = cache[index].nan_to_num(0.0, 0.0, 0.0)
 
@@ -53,7 +55,9 @@ def place(steps: Sequence[SequenceStep], block_tokens: int, frequencies_d: NDArr
     )
 
 
-def _lazy_zeros(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros whose pages come at first touch: NumPy allocates with calloc, torch would write them all."""
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """In RAM, their pages come at first touch: NumPy allocates with calloc, torch would write them all."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
     words = np.zeros(size, np.int16 if dtype == torch.bfloat16 else np.int32)
     return torch.from_numpy(words).view(dtype)

@@ -8,36 +8,35 @@ import torch
 from torch import Tensor
 
 from localmoe.core.errors import EngineStartError
-from localmoe.core.model import ExpertId
 from localmoe.core.protocols import ExpertExecutor
 from localmoe.core.request import Request, RequestFailed, SamplingParams
-from localmoe.engine.budget import MemoryPlan, plan_memory, settle_config
+from localmoe.engine.budget import (
+    MemoryPlan,
+    plan_device_memory,
+    plan_memory,
+    settle_config,
+    settle_device_config,
+)
 from localmoe.engine.config import EngineConfig
 from localmoe.engine.dense import LoadedDense
 from localmoe.engine.engine import Engine
 from localmoe.engine.expert_threshold import with_threshold
 from localmoe.engine.experts import ResidentExperts
+from localmoe.engine.hybrid_experts import HybridExperts
 from localmoe.engine.insight import Insight
 from localmoe.engine.layer_stream import LayerStream
+from localmoe.engine.load_experts import load_hybrid, load_policy, load_tiered_experts
 from localmoe.engine.observed_experts import ObservedExperts
 from localmoe.engine.tiered_experts import TieredExperts
 from localmoe.formats.store import Store
 from localmoe.kernels.base import DenseWeights, Kernels
-from localmoe.kernels.select import select_kernels
+from localmoe.kernels.select import select_device, select_kernels
 from localmoe.models import architecture
 from localmoe.models.decoder import Decoder
-from localmoe.residency.manager import ResidencyManager
-from localmoe.residency.placement import with_rules
-from localmoe.residency.policy import retention_policy
 from localmoe.tiers.config import TiersConfig
 from localmoe.tiers.disk import DiskReader
-from localmoe.tiers.host import HostArena
 
 logger = logging.getLogger(__name__)
-
-_BYTES_UNDER_WAY = 32 << 20
-"""Reads of so much keep any disk busy while a few experts are computed."""
-_LEAST_READS = 8
 
 
 def load_engine(model: str, store_path: Path, config: EngineConfig, available_memory_bytes: int) -> Engine:
@@ -46,7 +45,7 @@ def load_engine(model: str, store_path: Path, config: EngineConfig, available_me
     Args:
         model: the name it is served under.
         config: with `num_threads`; the rest is settled here against the model's shape.
-        available_memory_bytes: before anything is loaded.
+        available_memory_bytes: RAM, before anything is loaded.
 
     Raises:
         StoreError: the store is damaged.
@@ -56,6 +55,15 @@ def load_engine(model: str, store_path: Path, config: EngineConfig, available_me
     assert num_threads is not None, "settled by whoever starts the engine"
     # What torch still does is small; its threads would only be in the way of the kernels' own.
     torch.set_num_threads(1)
+    device = select_device(config.device)
+    if device.type == "cuda":
+        from localmoe.kernels.gpu import GpuKernels
+
+        # Kernels are launched on the process's device, which from here on is this one.
+        torch.cuda.set_device(device)
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        gpu_kernels = GpuKernels(device)
+        return load_device_engine(model, store_path, gpu_kernels, config, free_bytes, available_memory_bytes)
     kernels = select_kernels(config.cpu_level, num_threads, pin=config.pin_threads)
     with Store.open(store_path) as store:
         config = settle_config(store, kernels, config, available_memory_bytes)
@@ -72,8 +80,60 @@ def load_engine(model: str, store_path: Path, config: EngineConfig, available_me
     return Engine(model, decoder, kernels, config, insight)
 
 
+def load_device_engine(
+    model: str,
+    store_path: Path,
+    kernels: Kernels,
+    config: EngineConfig,
+    free_device_bytes: int,
+    available_memory_bytes: int | None = None,
+) -> Engine:
+    """The engine of a store whose weights, keys and values are on a GPU; experts that do not fit there are in RAM, as
+    far as they fit, and computed on the CPU or fetched.
+
+    Args:
+        kernels: of the GPU.
+        config: as for `load_engine`.
+        free_device_bytes: of the GPU's memory, before anything is loaded.
+        available_memory_bytes: RAM; None: all experts are to be on the GPU.
+
+    Raises:
+        StoreError: the store is damaged.
+        EngineStartError: the configuration or the GPU's memory does not fit the model.
+    """
+    num_threads = config.num_threads
+    assert num_threads is not None, "settled by whoever starts the engine"
+    with Store.open(store_path) as store:
+        num_experts = store.shape.num_layers * store.shape.num_experts
+        config = settle_device_config(store, config, free_device_bytes)
+        plan = plan_device_memory(store, config, free_device_bytes)
+        assert plan.num_device_slots is not None
+        fits = plan.num_device_slots >= num_experts
+        if not fits and (available_memory_bytes is None or not plan.num_device_slots):
+            raise EngineStartError(
+                f"not enough memory on the GPU: {plan.num_device_slots} of {num_experts} experts fit beside keys and "
+                f"values and dense weights; set device to cpu, lower kv_cache_share or max_context_tokens, or choose "
+                f"a smaller format"
+            )
+        try:
+            if fits or available_memory_bytes is None:
+                store.check(num_threads)
+                decoder = load_decoder(store, kernels)
+            else:
+                host_kernels = select_kernels(config.cpu_level, num_threads, pin=config.pin_threads)
+                hybrid = load_hybrid(store, kernels, host_kernels, plan, config, available_memory_bytes)
+                decoder = _decoder(store, store, hybrid, kernels)
+            experts = decoder.experts
+            decoder.experts = with_threshold(experts, config, store.shape)
+            engine = Engine(model, decoder, kernels, config, _watch(decoder, experts, plan, store.blob_bytes))
+        except torch.OutOfMemoryError as error:
+            raise EngineStartError(f"not enough memory on the GPU, which others may use too: {error}") from error
+    logger.info("%s computes with %s", model, kernels.name)
+    return engine
+
+
 def load_decoder(store: Store, kernels: Kernels) -> Decoder:
-    """The model of a store, used where its file is mapped. Raises StoreError."""
+    """The model of a store, used where its file is mapped or copied to the kernels' device. Raises StoreError."""
     return _decoder(store, store, ResidentExperts.mapped(store, kernels), kernels)
 
 
@@ -91,26 +151,13 @@ def load_tiered(store: Store, kernels: Kernels, plan: MemoryPlan, config: TiersC
         stream = LayerStream(store, plan.streamed_layers, layer_reader, plan.budget_bytes)
     with DiskReader[str].open([store.path], config.disk) as dense_reader:
         dense = LoadedDense(store, dense_reader, stream.matrices() if stream else {}, plan.budget_bytes)
-    arena = HostArena(store.blob_bytes, plan.num_slots, available_memory_bytes=plan.budget_bytes)
-    size = (store.shape.num_layers, store.shape.num_experts)
-    for rule in config.placement:
-        logger.info("placement rule: %s", rule)
-    manager = ResidencyManager(
-        num_layers=store.shape.num_layers,
-        num_experts=store.shape.num_experts,
-        num_slots=plan.num_slots,
-        most_reads=max(_LEAST_READS, -(-_BYTES_UNDER_WAY // store.blob_bytes)),
-        policy=with_rules(retention_policy(config.policy, *size), config.placement, *size),
-    )
-    reader = DiskReader[ExpertId].open([store.path], config.disk)
-    reader.register(arena.memory)
-    experts = TieredExperts(
+    experts = load_tiered_experts(
         store,
         kernels,
-        reader=reader,
-        arena=arena,
-        manager=manager,
-        prefetch_layers=config.prefetch_layers,
+        load_policy(store, config),
+        config,
+        num_slots=plan.num_slots,
+        available_memory_bytes=plan.budget_bytes,
     )
     decoder = _decoder(store, dense, experts, kernels)
     for index in plan.streamed_layers:
@@ -131,23 +178,28 @@ def _watch(decoder: Decoder, experts: ExpertExecutor[Tensor], plan: MemoryPlan, 
         experts: the part of the decoder's that knows where they are.
     """
     shape = decoder.shape
-    if isinstance(experts, TieredExperts):
-        watched = ObservedExperts(decoder.experts, shape, stall_s=lambda: experts.stall_s, present=experts.present)
-    else:
-        everywhere = np.ones((shape.num_layers, shape.num_experts), np.bool_)
-        watched = ObservedExperts(decoder.experts, shape, stall_s=lambda: 0.0, present=lambda: everywhere)
+    everywhere = np.ones((shape.num_layers, shape.num_experts), np.bool_)
+    is_resident = not isinstance(experts, TieredExperts | HybridExperts)
+    on_device = everywhere if is_resident and plan.num_device_slots is not None else ~everywhere
+    watched = ObservedExperts(
+        decoder.experts,
+        shape,
+        stall_s=lambda: experts.stall_s if isinstance(experts, TieredExperts | HybridExperts) else 0.0,
+        present=experts.present if isinstance(experts, TieredExperts | HybridExperts) else lambda: everywhere,
+        on_device=experts.on_device if isinstance(experts, HybridExperts) else lambda: on_device,
+    )
     decoder.experts = watched
     return Insight(shape, plan, expert_bytes, watched)
 
 
 def warm_up(engine: Engine) -> None:
-    """Run one short request, so that the first client does not pay for lazy initialisation.
+    """Run one request, so that the first client does not pay for lazy initialisation and compilation.
 
     Raises:
         EngineStartError: the model cannot compute even that.
     """
     sampling = SamplingParams(max_tokens=2, temperature=0.0)
-    engine.add(Request(id="warm-up", model="", prompt_ids=[0, 0], sampling=sampling))
+    engine.add(Request(id="warm-up", model="", prompt_ids=[0] * engine.warm_up_tokens, sampling=sampling))
     while engine.has_work:
         for output in engine.step():
             if isinstance(output, RequestFailed):

@@ -52,6 +52,7 @@ class ObservedExperts:
         experts: compute.
         stall_s: total time spent waiting for experts so far.
         present: whether each expert [layers, experts] is in memory now.
+        on_device: whether it is in a GPU's; None: there is none.
     """
 
     def __init__(
@@ -61,10 +62,12 @@ class ObservedExperts:
         *,
         stall_s: Callable[[], float],
         present: Callable[[], NDArray[np.bool_]],
+        on_device: Callable[[], NDArray[np.bool_]] | None = None,
     ) -> None:
         self._experts = experts
         self._shape = shape
         self.present = present
+        self._on_device = on_device
         self._stall_s = stall_s
         self._recorder: RoutingRecorder | None = None
         self.forget()
@@ -88,6 +91,23 @@ class ObservedExperts:
         if self._recorder is not None:
             self._recorder.begin_step(plan.sequences)
 
+    @property
+    def watched(self) -> ExpertExecutor[Tensor]:
+        """What computes."""
+        return self._experts
+
+    @property
+    def needs_each_layer(self) -> bool:
+        """Whether it must see a layer before the next is computed."""
+        return self._recorder is not None and self._recorder.is_on
+
+    def replayed(self, ids_LTK: Tensor) -> None:
+        """A step that has begun went past it: these are its choices. Its layers share the time alike."""
+        now_s, num_layers = time.perf_counter(), len(self._pending)
+        for layer, ids_TK in enumerate(ids_LTK):
+            self._pending[layer].append(ids_TK)
+            self._times.elapsed_s[layer] += (now_s - self._seen_s) / num_layers
+
     def rest(self) -> None:
         """No step follows for a while."""
         if self._recorder is not None:
@@ -97,6 +117,14 @@ class ObservedExperts:
         """[layers][experts]: tokens that chose the expert."""
         self._count()
         return self._heat_LE.tolist()
+
+    def placement(self) -> list[list[str]]:
+        """[layers][experts]: where an expert is, `device`, `ram` or `disk`."""
+        places = np.where(self.present(), "ram", "disk")
+        if self._on_device is not None:
+            places = np.where(self._on_device(), "device", places)
+        found: list[list[str]] = places.tolist()
+        return found
 
     def layer_times(self) -> list[LayerTimes]:
         return [times.means() for times in (self._decode, self._prefill) if times.num_steps]

@@ -83,17 +83,19 @@ def uniform(seed: int, position: int) -> float:
 
 def adjust(logits_V: Tensor, sampling: SamplingParams, prompt_ids: list[int], output_ids: list[int]) -> None:
     """Apply logit bias and penalties to one row in place."""
+    device = logits_V.device
     if sampling.logit_bias:
-        ids = torch.tensor(list(sampling.logit_bias))
-        logits_V[ids] += torch.tensor(list(sampling.logit_bias.values()))
+        ids = torch.tensor(list(sampling.logit_bias), device=device)
+        logits_V[ids] += torch.tensor(list(sampling.logit_bias.values()), device=device)
     if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*prompt_ids, *output_ids}))
+        seen = torch.tensor(sorted({*prompt_ids, *output_ids}), device=device)
         values = logits_V[seen]
         penalty = sampling.repetition_penalty
         logits_V[seen] = torch.where(values > 0, values / penalty, values * penalty)
     if output_ids and (sampling.presence_penalty or sampling.frequency_penalty):
         counted = Counter(output_ids)
-        ids, counts = torch.tensor(list(counted)), torch.tensor(list(counted.values()))
+        ids = torch.tensor(list(counted), device=device)
+        counts = torch.tensor(list(counted.values()), device=device)
         logits_V[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
 
 

@@ -1,7 +1,8 @@
 """Computes routed experts of which only some are in memory: the others are read while these are computed.
 
-One thread does it all. Asking the disk costs microseconds, waiting for it lets go of Python's lock, and the reads go
-on in the kernel while the compute threads work. In a layer:
+One thread directs it all. Asking the disk costs microseconds, waiting for it lets go of Python's lock, and the reads
+go on in the kernel. The other compute threads go ahead with a part of the experts while this one checks what has
+arrived; it helps them when it asks for the next part, or has nothing else to do. In a layer:
 
     need       the manager says which experts are present; reads of the absent ones begin at once, in one submission
     expect     the next layer's router looks at this layer's input; what it would choose and is absent is read after
@@ -64,7 +65,7 @@ class TieredExperts:
         self._reader = reader
         self._arena = arena
         self._manager = manager
-        self._prefetch_layers = prefetch_layers
+        self.prefetch_layers = prefetch_layers
         self._num_experts = shape.num_experts
         self._layers = [
             kernels.experts(shape.num_experts, shape.hidden_size, shape.expert_size, store.weights)
@@ -76,6 +77,8 @@ class TieredExperts:
                 ExpertId(layer, e) for layer in range(shape.num_layers) for e in range(shape.num_experts)
             )
         }
+        self._rooms: dict[ExpertId, Tensor] = {}
+        """Slots that experts come into from a device."""
         self._link = IdleLink()
         self._is_prompt_T = np.zeros(0, np.bool_)
         self._layer_ended_s = 0.0
@@ -90,6 +93,33 @@ class TieredExperts:
     def present(self) -> NDArray[np.bool_]:
         """Whether each expert [layers, experts] is in memory now."""
         return self._manager.present()
+
+    def lend(self, expert: ExpertId) -> Tensor | None:
+        slot = self._manager.lend(expert)
+        return None if slot is None else self._arena.slot(slot)
+
+    def return_loan(self, expert: ExpertId) -> None:
+        self._manager.return_loan(expert)
+
+    def give_up(self, expert: ExpertId) -> None:
+        self._rooms.pop(expert, None)
+        if self._manager.give_up(expert):
+            self._layers[expert.layer].remove(expert.expert)
+
+    def room_for(self, expert: ExpertId) -> Tensor | None:
+        room = self._manager.take_room(expert)
+        if room is None:
+            return None
+        slot, evicts = room
+        if evicts is not None:
+            self._layers[evicts.layer].remove(evicts.expert)
+        self._rooms[expert] = self._arena.slot(slot)
+        return self._rooms[expert]
+
+    def received(self, expert: ExpertId) -> None:
+        weights = self._store.expert_in(self._rooms.pop(expert), self._entries[expert])
+        self._layers[expert.layer].place(expert.expert, weights)
+        self._manager.received(expert)
 
     def shrink(self, num_slots: int) -> None:
         """Give up slots from the end, and the memory of the slots given up; between two steps."""
@@ -126,6 +156,7 @@ class TieredExperts:
         try:
             self._compute(routed, x_TD)
         except BaseException:
+            self._layers[routed.layer].compute([])  # what is still being computed may not be evicted yet
             self._manager.abandon()
             raise
         now_s = time.perf_counter()
@@ -136,24 +167,26 @@ class TieredExperts:
     def _compute(self, routed: Routed[Tensor], x_TD: Tensor) -> None:
         layer, manager = routed.layer, self._manager
         experts = self._layers[layer]
+        computing: list[int] = []
         is_prompt_T, used_TK = self._is_prompt_T, routed.ids_TK.numpy()
         ready, awaited = manager.need(layer, used_TK[is_prompt_T], used_TK[~is_prompt_T])
         self._move()
         experts.begin(routed.h_TD, routed.ids_TK)
-        for distance, choose in enumerate(routed.ahead[: self._prefetch_layers], 1):
+        for distance, choose in enumerate(routed.ahead[: self.prefetch_layers], 1):
             manager.expect(layer + distance, distinct(choose(x_TD).numpy()))
         self._move()
         waiting = set(awaited)
         while ready or waiting:
-            if ready:
-                part, ready = ready[:_EXPERTS_AT_ONCE], ready[_EXPERTS_AT_ONCE:]
-                experts.compute(part)
-                manager.release(layer, part)
+            part, ready = ready[:_EXPERTS_AT_ONCE], ready[_EXPERTS_AT_ONCE:]
+            experts.compute(part)  # returns when the part before is computed
+            manager.release(layer, computing)
+            computing = part
             self._move()
-            arrived = self._collect(layer, wait=bool(waiting) and not ready)
+            arrived = self._collect(layer, wait=bool(waiting) and not computing)
             ready += [expert for expert in arrived if expert in waiting]
             waiting.difference_update(arrived)
         experts.finish(routed.weights_TK, x_TD)
+        manager.release(layer, computing)
 
     def _move(self) -> None:
         """Begin the reads that the manager wants now."""

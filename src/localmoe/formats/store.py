@@ -145,6 +145,15 @@ class Store:
         entry = self.expert_entry(expert_id)
         return self.expert_in(self._checked(entry), entry)
 
+    def expert_blob(self, expert_id: ExpertId) -> torch.Tensor:
+        """The bytes of one expert's extent, uint8: a view of the file.
+
+        Raises:
+            StoreError: there is no such expert, or it cannot be read.
+            ChecksumError: it is damaged.
+        """
+        return self._checked(self.expert_entry(expert_id))
+
     @property
     def dense_entries(self) -> list[DenseEntry]:
         """Where the dense tensors lie, for those who read them themselves."""

@@ -24,9 +24,9 @@ def router(context: GatewayContext) -> APIRouter:
     )
     async def inspect() -> Response:
         """`heat[layer][expert]` counts the tokens that chose an expert, `placement[layer][expert]` is the fastest
-        tier that it is in, `ram` or `disk`. `layer_times` are means per layer, of steps that only decode and of those
-        that compute prompts. `tiers` is null, and `links` empty, where all experts are in memory. Sizes are in bytes,
-        times in seconds, totals since the engine started."""
+        tier that it is in: `device`, `ram` or `disk`. `layer_times` are means per layer, of steps that only decode
+        and of those that compute prompts. `tiers` is null, and `links` empty, where all experts are in memory. Sizes
+        are in bytes, times in seconds, totals since the engine started."""
         inspectables = [model.inspectable for model in context.models.values() if model.inspectable is not None]
         found = await asyncio.gather(*(inspectable.inspect() for inspectable in inspectables))
         return Response(msgspec.json.encode(InspectionList(data=found)), media_type="application/json")

@@ -2,6 +2,8 @@
 
 import importlib
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,38 @@ def find_gpus(root: Path = Path("/")) -> list[Gpu]:
                 )
             )
     return [_ask_nvml(gpu) for gpu in gpus]
+
+
+@contextmanager
+def watch_utilisation(uuid: str) -> Iterator[Callable[[], float] | None]:
+    """Within, a call gives the share of recent time, from a sixth of a second to a second, in which a GPU computed.
+
+    None where nobody tells: NVML's Python package is not installed, or it does not know the GPU.
+
+    Args:
+        uuid: the GPU's, without the prefix `GPU-`.
+    """
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+    except ImportError:
+        yield None
+        return
+    except nvml.NVMLError as error:
+        logger.info("NVML does not start: %s", error)
+        yield None
+        return
+    try:
+        try:
+            handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+            nvml.nvmlDeviceGetUtilizationRates(handle)
+        except nvml.NVMLError as error:
+            logger.info("NVML does not know GPU %s: %s", uuid, error)
+            yield None
+            return
+        yield lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+    finally:
+        nvml.nvmlShutdown()
 
 
 def _name(information: Path) -> str:

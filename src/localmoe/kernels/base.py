@@ -114,6 +114,8 @@ class Experts(Protocol):
 
     A call computes all at once. Where weights are still on their way, `begin`, `compute` for parts of the experts as
     they come, and `finish` add up to the same bits; other operations may run in between.
+
+    An id of -1 stands for no expert: the pair adds nothing, and the results of others are the same bits.
     """
 
     def place(self, expert: int, weights: ExpertWeights) -> None:
@@ -133,7 +135,8 @@ class Experts(Protocol):
         ...
 
     def compute(self, experts: Sequence[int]) -> None:
-        """Compute these for all tokens that go to them; each expert at most once."""
+        """Begin to compute these for all tokens that go to them; each expert at most once. It may go on while the
+        caller does something else, until the next operation of these kernels; their memory must stay so long."""
         ...
 
     def finish(self, weights_TK: Tensor, x_TD: Tensor) -> None:
@@ -174,6 +177,11 @@ class Kernels(Protocol):
     @property
     def level(self) -> str:
         """Instructions they are made of: a level of the C++ kernels, or `reference`."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where hidden states, logits and the cache are; token ids and `PagedStep` come from the host."""
         ...
 
     @property

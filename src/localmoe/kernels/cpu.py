@@ -63,6 +63,10 @@ class CpuKernels:
         return multiply
 
     @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
     def in_place(self) -> bool:
         return True
 

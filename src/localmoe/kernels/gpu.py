@@ -10,7 +10,6 @@ choice of experts depends on rounding as little as with other kernels. Results a
 import torch
 from torch import Tensor
 
-from localmoe.core.errors import EngineStartError
 from localmoe.core.model import WeightFormat
 from localmoe.formats.packed import PackedMatrix
 from localmoe.formats.store_layout import expert_layout
@@ -29,6 +28,7 @@ from localmoe.kernels.triton import rows, sampling
 from localmoe.kernels.triton.attention import DeviceStep, GpuAttention
 from localmoe.kernels.triton.experts import ExpertSlab, ResidentExperts
 from localmoe.kernels.triton.product import DeviceMatrices
+from localmoe.kernels.triton.static_step import StaticStep
 
 
 class GpuKernels:
@@ -37,9 +37,6 @@ class GpuKernels:
     Args:
         device: a CUDA device of compute capability 8.0 (Ampere) or higher; `cpu` where Triton's interpreter runs
             the kernels, for tests.
-
-    Raises:
-        EngineStartError: the device cannot run them.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -47,11 +44,13 @@ class GpuKernels:
         self.name = self.level
         if device.type == "cuda":
             self.name = f"{self.level}, {torch.cuda.get_device_name(device)}"
-            if torch.cuda.get_device_capability(device) < (8, 0):
-                raise EngineStartError(f"{self.name}: the kernels need compute capability 8.0 or higher")
         self._device = device
         self._copied: tuple[PagedStep, DeviceStep] | None = None
         """The last step: every layer asks for the same."""
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
 
     @property
     def in_place(self) -> bool:
@@ -116,6 +115,8 @@ class GpuKernels:
         return token_ids
 
     def _on_device(self, step: PagedStep, block_tokens: int, heads_per_group: int) -> DeviceStep:
+        if isinstance(step, StaticStep):
+            return step.on_device
         if self._copied is None or self._copied[0] is not step:
             self._copied = step, DeviceStep.of(step, block_tokens, heads_per_group, self._device)
         return self._copied[1]

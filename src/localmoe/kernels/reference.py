@@ -42,6 +42,10 @@ class ReferenceKernels:
         self.name = f"{self.level}, {num_threads} threads"
 
     @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
     def in_place(self) -> bool:
         return False
 
@@ -114,7 +118,7 @@ class _ReferenceExperts:
 
     def __call__(self, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, x_TD: Tensor) -> None:
         self.begin(h_TD, ids_TK)
-        self.compute(sorted(set(ids_TK.flatten().tolist())))
+        self.compute(sorted(set(ids_TK.flatten().tolist()) - {-1}))
         self.finish(weights_TK, x_TD)
 
     def begin(self, h_TD: Tensor, ids_TK: Tensor) -> None:
@@ -128,6 +132,7 @@ class _ReferenceExperts:
 
     def finish(self, weights_TK: Tensor, x_TD: Tensor) -> None:
         # One expert after the other, so that no sum depends on which other tokens are in the batch.
+        weights_TK = weights_TK.masked_fill(self._ids_TK < 0, 0.0)
         for out_TD, weights_T in zip(self._out_TKD.unbind(1), weights_TK.unbind(1), strict=True):
             x_TD += out_TD * weights_T[:, None]
 

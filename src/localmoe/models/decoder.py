@@ -72,6 +72,8 @@ class Decoder(ABC):
     ) -> None:
         self.shape = shape
         self.experts = experts
+        self.device = kernels.device
+        """Where hidden states and the cache are."""
         self.frequencies = rotary_frequencies(shape)
         self.embedding = kernels.embedding(dense.dense_matrix("embed"))
         self.layers = [Layer(shape, dense, index, kernels) for index in range(shape.num_layers)]

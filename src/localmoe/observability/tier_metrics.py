@@ -1,14 +1,15 @@
 """Metrics of engines whose experts are not all in memory, and of layers.
 
-A tier is where an expert was found: `ram`, or `disk` if it had to be read. A link is what experts pass over,
-`disk_ram`; its bytes by its busy seconds are its speed, by time how much it is used.
+A tier is where an expert was found: `device` (a GPU's memory), `ram`, or `disk` if it had to be read. A link is what
+experts pass over, `disk_ram` or, both ways, `ram_device`; its bytes by its busy seconds are its speed, by time how
+much it is used.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from localmoe.core.events import EngineState
+from localmoe.core.events import EngineState, TierState
 
-_LINK = "disk_ram"
+_DISK, _DEVICE = "disk_ram", "ram_device"
 
 
 class TierMetrics:
@@ -27,6 +28,7 @@ class TierMetrics:
         self._uses = counter(
             "expert_uses", "Uses of an expert, in a layer and step, by where it was found.", "tier"
         )
+        self._fetches = counter("expert_fetches", "Uses of experts in RAM that the device computed with a copy.")
         self._evictions = counter("expert_evictions", "Experts given up for others.", "tier")
         self._prefetches = counter("expert_prefetches", "Experts read ahead.")
         self._outcomes = counter(
@@ -52,6 +54,8 @@ class TierMetrics:
             if earlier is not None:  # the engine is gone
                 for level in (self._slots, self._present, self._present_bytes):
                     level.labels(model, "ram").set(0)
+                    if earlier.device_slots:
+                        level.labels(model, "device").set(0)
             return
         self._slots.labels(model, "ram").set(tiers.num_slots)
         self._present.labels(model, "ram").set(tiers.num_present)
@@ -64,11 +68,30 @@ class TierMetrics:
             (self._outcomes.labels(model, "useful"), "prefetches_useful"),
             (self._outcomes.labels(model, "late"), "prefetches_late"),
             (self._outcomes.labels(model, "wasted"), "prefetches_wasted"),
-            (self._transfers.labels(model, _LINK), "disk_reads"),
-            (self._bytes.labels(model, _LINK), "disk_bytes"),
-            (self._busy.labels(model, _LINK), "disk_busy_s"),
-            (self._stall.labels(model, _LINK), "stall_s"),
-            (self._errors.labels(model, _LINK), "disk_errors"),
+            (self._transfers.labels(model, _DISK), "disk_reads"),
+            (self._bytes.labels(model, _DISK), "disk_bytes"),
+            (self._busy.labels(model, _DISK), "disk_busy_s"),
+            (self._stall.labels(model, _DISK), "stall_s"),
+            (self._errors.labels(model, _DISK), "disk_errors"),
+        ):
+            increase(counter, getattr(tiers, field), getattr(earlier, field, 0))
+        if tiers.device_slots:
+            self._on_device(model, tiers, earlier)
+
+    def _on_device(self, model: str, tiers: TierState, earlier: TierState | None) -> None:
+        self._slots.labels(model, "device").set(tiers.device_slots)
+        self._present.labels(model, "device").set(tiers.num_on_device)
+        self._present_bytes.labels(model, "device").set(tiers.num_on_device * tiers.device_slot_bytes)
+        num_copies = tiers.copies_in + tiers.copies_out
+        copies_before = earlier.copies_in + earlier.copies_out if earlier else 0
+        size = tiers.device_slot_bytes
+        increase(self._transfers.labels(model, _DEVICE), num_copies, copies_before)
+        increase(self._bytes.labels(model, _DEVICE), num_copies * size, copies_before * size)
+        for counter, field in (
+            (self._uses.labels(model, "device"), "device_hits"),
+            (self._evictions.labels(model, "device"), "device_evictions"),
+            (self._fetches.labels(model), "device_fetches"),
+            (self._busy.labels(model, _DEVICE), "copies_busy_s"),
         ):
             increase(counter, getattr(tiers, field), getattr(earlier, field, 0))
 

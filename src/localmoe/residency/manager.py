@@ -7,6 +7,7 @@ An expert is absent, being read, or present in one slot of the arena. The caller
     take_unwanted, plan    what to read no more, and what to read now into which slots
     arrived, dropped    how a read ended
     release    these have been computed
+    lend, return_loan, give_up, take_room, received    what passes between here and a device's memory
 
 What is used now is pinned until it is released, what is expected until its layer has been. All other present experts
 may be evicted, the one of the lowest value first, and only when a slot is needed: so an expert that is not worth
@@ -25,7 +26,7 @@ from localmoe.core.model import ExpertId
 from localmoe.core.plans import Load
 from localmoe.residency.policy import RetentionPolicy
 
-_ABSENT, _READING, _PRESENT = 0, 1, 2
+_ABSENT, _READING, _PRESENT, _RECEIVING = 0, 1, 2, 3
 _FREE, _EXPECTED, _USED = 0, 1, 2
 
 
@@ -70,6 +71,9 @@ class ResidencyManager:
         self._state = np.zeros(size, np.int8)
         self._pins = np.zeros(size, np.int8)
         self._slots = np.full(size, -1, np.int32)
+        self._lent = np.zeros(size, np.bool_)
+        self._num_lent = 0
+        """Slots that may not be emptied, since a device reads from them or writes into them."""
         self._free_slots = list(reversed(range(num_slots)))
         self._num_slots = num_slots
         self._wanted: deque[int] = deque()
@@ -174,6 +178,69 @@ class ResidencyManager:
         for expert in experts:
             self._pins[layer * self._num_experts + expert] = _FREE
 
+    def lend(self, expert: ExpertId) -> int | None:
+        """The slot of a present expert, which stays there until `return_loan` or `give_up`; None where there is none
+        to be lent."""
+        index = self._index(expert)
+        if self._state[index] != _PRESENT or self._lent[index] or not self._can_lend():
+            return None
+        if index in self._ahead:  # whoever borrows it uses it
+            self._ahead.discard(index)
+            self.counters.prefetches_useful += 1
+        self._lent[index] = True
+        self._num_lent += 1
+        return int(self._slots[index])
+
+    def return_loan(self, expert: ExpertId) -> None:
+        """It is lent no more."""
+        index = self._index(expert)
+        assert self._lent[index]
+        self._lent[index] = False
+        self._num_lent -= 1
+
+    def give_up(self, expert: ExpertId) -> bool:
+        """What was lent, or being received, is here no more. Returns whether it was here."""
+        index = self._index(expert)
+        was_present = bool(self._state[index] == _PRESENT)
+        if was_present:
+            self.return_loan(expert)
+        else:
+            assert self._state[index] == _RECEIVING
+            self._num_lent -= 1
+        self._state[index] = _ABSENT
+        self._pins[index] = _FREE
+        self._free_slots.append(int(self._slots[index]))
+        return was_present
+
+    def take_room(self, expert: ExpertId) -> tuple[int, ExpertId | None] | None:
+        """A slot to receive an expert in that leaves a device, and who is evicted for it; None where nobody here is
+        worth less."""
+        index, victim = self._index(expert), None
+        if self._state[index] != _ABSENT or not self._can_lend():
+            return None
+        if self._free_slots:
+            slot = self._free_slots.pop()
+        else:
+            values = self._policy.values().ravel()
+            victim = next(iter(self._victims(1, _FREE)), None)
+            if victim is None or not values[victim] < values[index]:
+                return None
+            slot = int(self._slots[victim])
+            self._evict(victim)
+        self._state[index] = _RECEIVING
+        self._slots[index] = slot
+        self._num_lent += 1
+        return slot, None if victim is None else self._expert(victim)
+
+    def received(self, expert: ExpertId) -> None:
+        """It has arrived from the device."""
+        self._state[self._index(expert)] = _PRESENT
+        self._num_lent -= 1
+
+    def _can_lend(self) -> bool:
+        """Whether a slot stays that reads can go to."""
+        return self._num_lent + 1 < self._num_slots
+
     def abandon(self) -> None:
         """The step has failed: nothing is used or expected any more. Reads under way go on."""
         self._pins[:] = _FREE
@@ -185,7 +252,7 @@ class ResidencyManager:
     def shrink(self, num_slots: int) -> list[ExpertId]:
         """Use only the first slots from now on, at least 1, and evict who is in the others; while nothing is read."""
         assert 1 <= num_slots <= self._num_slots
-        assert self._num_reading == 0
+        assert self._num_reading == self._num_lent == 0
         self.abandon()
         self._num_slots = num_slots
         self._free_slots = [slot for slot in self._free_slots if slot < num_slots]
@@ -256,7 +323,7 @@ class ResidencyManager:
         values = self._policy.values().ravel()
         chosen: list[int] = []
         for pin in range(_FREE, highest_pin + 1):
-            candidates = np.flatnonzero((self._state == _PRESENT) & (self._pins == pin))
+            candidates = np.flatnonzero((self._state == _PRESENT) & (self._pins == pin) & ~self._lent)
             left = count - len(chosen)
             if len(candidates) > left:
                 candidates = (
@@ -281,8 +348,8 @@ class ResidencyManager:
 
 
 def distinct(ids_TK: NDArray[np.integer]) -> list[int]:
-    """The experts of some tokens, those of most tokens first, of a single token the likeliest first."""
+    """The experts of some tokens, those of most tokens first, of a single token the likeliest first; -1 is none."""
     if len(ids_TK) == 1:
-        return list(dict.fromkeys(map(int, ids_TK[0])))  # where some are skipped, its first stands for them
-    counts_E = np.bincount(ids_TK.ravel())
+        return [expert for expert in dict.fromkeys(map(int, ids_TK[0])) if expert >= 0]
+    counts_E = np.bincount(ids_TK[ids_TK >= 0])
     return list(map(int, np.argsort(-counts_E, kind="stable")[: np.count_nonzero(counts_E)]))

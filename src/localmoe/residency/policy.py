@@ -23,7 +23,7 @@ class RetentionPolicy(Protocol):
 
         Args:
             experts: integers [tokens, experts each]: the tokens of a prompt in their order, or those being decoded,
-                of which it matters only which experts they use: a list [n] will do.
+                of which it matters only which experts they use: a list [n] will do. -1 is no expert.
         """
         ...
 
@@ -40,7 +40,7 @@ class Lru:
         self._clock = 0
 
     def observe(self, layer: int, experts: ArrayLike, *, prefill: bool) -> None:
-        used = np.ravel(experts)
+        used = _named(experts)
         # Of an expert that is used twice, the later use is assigned last.
         self._last[layer, used] = np.arange(self._clock + 1, self._clock + 1 + len(used))
         self._clock += len(used)
@@ -60,7 +60,7 @@ class Lfu:
     def observe(self, layer: int, experts: ArrayLike, *, prefill: bool) -> None:
         counts = self._counts[layer]
         counts *= self._DECAY
-        counts[np.ravel(experts)] += 1  # once, however many tokens use it
+        counts[_named(experts)] += 1  # once, however many tokens use it
 
     def values(self) -> NDArray[np.float64]:
         return self._counts
@@ -124,7 +124,7 @@ class Adaptive:
         if prefill:
             self._see_prompt(layer, np.atleast_2d(experts))
         else:
-            self._see_token(layer, np.ravel(experts))
+            self._see_token(layer, _named(experts))
         log_rates = np.log(np.maximum(self._weights @ self._uses[layer], self._MIN_RATE))
         log_rates += self._LIKENESS_WEIGHT * self._followed(layer)
         # This layer's next turn is in the next step. One whose turn in this step is yet to come was last judged in
@@ -151,8 +151,9 @@ class Adaptive:
         history = self._history[layer]
         latest = experts[-len(history) :][::-1]
         num_tokens = len(latest)
-        used = np.zeros((num_tokens, history.shape[1]), np.float32)
+        used = np.zeros((num_tokens, history.shape[1] + 1), np.float32)  # the last column is for -1
         used[np.arange(num_tokens)[:, None], latest] = 1
+        used = used[:, :-1]
         uses = self._uses[layer, len(self._decays) // 2 :]
         decays = self._decays[len(uses) :]
         uses *= decays ** (self._PROMPT_WEIGHT * num_tokens)
@@ -179,6 +180,12 @@ class Adaptive:
             likeness *= 2 / (np.abs(likeness).sum() + 1e-6)
             np.matmul(likeness, self._history[layer, :num_pairs], out=followed)
         return np.maximum(followed, 0, out=followed)
+
+
+def _named(experts: ArrayLike) -> NDArray[np.integer]:
+    """All that are named, flat."""
+    flat: NDArray[np.integer] = np.ravel(experts)
+    return flat[flat >= 0]
 
 
 _POLICIES: dict[PolicyName, type[Lru | Lfu | Adaptive]] = {"lru": Lru, "lfu": Lfu, "adaptive": Adaptive}

@@ -33,6 +33,8 @@ class TiersConfig:
 
     ram_bytes: int | None = None
     """RAM for everything the engine holds; None: what is available to it, within its control group's limit."""
+    vram_bytes: int | None = None
+    """Of the GPU's memory, where the engine computes on one; None: what is free, less a reserve."""
     reserve_bytes: int = 128 << 20
     """Of what is available, left alone for whatever else the process needs."""
     policy: Literal["adaptive", "lru", "lfu"] = "adaptive"
@@ -40,13 +42,15 @@ class TiersConfig:
     placement: tuple[str, ...] = ()
     """Ordered rules `PATTERN=PLACE` over names such as `layers.3.experts.17`; the first match decides. `ram` is
     kept once read, `disk` goes first once used, `auto` is up to the policy."""
-    prefetch_layers: int = 1
+    prefetch_layers: int = 2
     """Read ahead, while the disk is idle, what so many of the following layers are expected to use; 0: nothing."""
     disk: DiskConfig = DiskConfig()
 
     def __post_init__(self) -> None:
         if self.ram_bytes is not None and self.ram_bytes <= 0:
             raise ValueError(f"ram_bytes is {self.ram_bytes}; it must be positive")
+        if self.vram_bytes is not None and self.vram_bytes <= 0:
+            raise ValueError(f"vram_bytes is {self.vram_bytes}; it must be positive")
         if self.prefetch_layers < 0:
             raise ValueError(f"prefetch_layers is {self.prefetch_layers}; it must not be negative")
         if self.reserve_bytes < 0:

@@ -14,7 +14,7 @@ from localmoe.cli import inspect
 from localmoe.cli.inspect import heat_strip
 from localmoe.core.errors import BackendUnavailableError, EngineFaultError, InvalidRequestError
 from localmoe.core.inspection import Inspection, InspectionList, LayerTimes
-from support.inspections import make_inspection
+from support.inspections import make_inspection, tier_state
 
 
 @contextmanager
@@ -64,6 +64,32 @@ def test_experts(capsys: pytest.CaptureFixture[str]) -> None:
         "tiny: 5 of 8 experts are in memory, 6 fit, 3.0 MB each",
         "30 found in memory (75.0%), 10 read from the disk; 7 evictions",
         "read ahead: 9; 5 useful, 1 late, 3 wasted",
+    ):
+        assert words in prose(found)
+
+
+def test_experts_on_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    tiers = tier_state(
+        num_experts=8,
+        num_slots=3,
+        num_present=2,
+        hits=10,
+        misses=10,
+        device_slots=4,
+        num_on_device=3,
+        device_hits=60,
+        device_fetches=5,
+        device_evictions=7,
+        copies_in=15,
+        copies_out=6,
+    )
+    with server(make_inspection(tiers=tiers, placement=[["device", "ram"] * 2, ["disk", "device"] * 2])) as url:
+        inspect.experts(url=url)
+    found = capsys.readouterr().out
+    assert [row[1] for row in rows(found)] == ["4", "2"]
+    for words in (
+        "on the device: 3 experts, 4 fit; 60 uses found one there (75.0%), 5 fetched one from memory",
+        "copies: 15 to the device, 6 back; 7 evictions there",
     ):
         assert words in prose(found)
 

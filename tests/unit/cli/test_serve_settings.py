@@ -51,3 +51,9 @@ def test_a_flag_goes_before_the_file(tmp_path: Path) -> None:
     file.write_text("profile: fast")
     assert "'profile' (file" in serve(tmp_path, "--config", str(file)).stderr
     assert "no-such-model" in serve(tmp_path, "--config", str(file), "--profile", "balanced").stderr
+
+
+def test_a_device_that_is_none_ends_it_in_a_line(tmp_path: Path) -> None:
+    result = serve(tmp_path, "--device", "gpu")
+    assert result.returncode == 1
+    assert result.stderr == "error: --device is 'gpu'; it must be auto, cpu, cuda, or cuda:0 and so on\n"

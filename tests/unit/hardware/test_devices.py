@@ -9,7 +9,7 @@ import pytest
 
 from localmoe.hardware.containers import has_container_toolkit, is_container
 from localmoe.hardware.disks import disk_of
-from localmoe.hardware.gpus import find_gpus
+from localmoe.hardware.gpus import find_gpus, watch_utilisation
 from localmoe.hardware.network import network_bits_s
 from localmoe.hardware.pcie import PcieLink, pcie_link
 
@@ -80,6 +80,11 @@ def fake_nvml(works: bool) -> SimpleNamespace:
         if not works:
             raise NvmlError("Driver Not Loaded")
 
+    def by_uuid(uuid: bytes) -> bytes:
+        if uuid != b"GPU-12-34":
+            raise NvmlError("Not Found")
+        return uuid
+
     return SimpleNamespace(
         NVMLError=NvmlError,
         nvmlInit=init,
@@ -87,6 +92,8 @@ def fake_nvml(works: bool) -> SimpleNamespace:
         nvmlDeviceGetHandleByPciBusId=lambda address: address,
         nvmlDeviceGetName=lambda address: f"GPU at {address.decode()}",
         nvmlDeviceGetMemoryInfo=lambda address: SimpleNamespace(total=48 << 30),
+        nvmlDeviceGetHandleByUUID=by_uuid,
+        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=73, memory=12),
     )
 
 
@@ -99,6 +106,16 @@ def test_gpus_with_nvml(
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(works))
     (gpu,) = find_gpus(root_with_gpu)
     assert (gpu.name, gpu.memory_bytes) == expected
+
+
+def test_how_busy_a_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for nvml, uuid in ((None, "12-34"), (fake_nvml(False), "12-34"), (fake_nvml(True), "56-78")):
+        monkeypatch.setitem(sys.modules, "pynvml", nvml)
+        with watch_utilisation(uuid) as look:
+            assert look is None
+    with watch_utilisation("12-34") as look:
+        assert look is not None
+        assert look() == pytest.approx(0.73)
 
 
 def test_the_disk_of_a_partition(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from localmoe.core.errors import EngineStartError
 from localmoe.kernels import select
 from localmoe.kernels.reference import ReferenceKernels
-from localmoe.kernels.select import cpu_levels, select_kernels
+from localmoe.kernels.select import cpu_levels, select_device, select_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +90,50 @@ def test_what_the_processor_announces_computes_rightly() -> None:
     flags = cpuinfo.read_text().partition("flags")[2].partition("\n")[0].split() if cpuinfo.exists() else []
     announced = {"avx2", "avx_vnni", "avx512_vnni"} & {*flags} if {"avx2", "fma", "f16c"} <= {*flags} else set()
     assert announced <= {*cpu.levels()}
+
+
+def has_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int], triton: bool = True) -> None:
+    """Make this a machine with GPUs of these compute capabilities."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(select, "find_spec", lambda name: object() if triton else None)
+
+
+def test_the_first_gpu_that_runs_the_kernels_is_the_default(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    has_gpus(monkeypatch, (7, 5), (9, 0), (12, 0))
+    assert select_device("auto") == torch.device("cuda", 1)
+    assert not caplog.records
+    assert select_device("cuda:2") == torch.device("cuda", 2)
+    assert select_device("cpu") == torch.device("cpu")
+
+
+def test_a_machine_without_a_gpu_computes_on_the_processor(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    has_gpus(monkeypatch)
+    assert select_device("auto") == torch.device("cpu")
+    assert not caplog.records
+    with pytest.raises(EngineStartError, match=r"'cuda', but torch .* finds 0 CUDA devices"):
+        select_device("cuda")
+
+
+def test_a_gpu_that_is_too_old_is_left_alone_and_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    has_gpus(monkeypatch, (7, 5))
+    assert select_device("auto") == torch.device("cpu")
+    reason = "the kernels need compute capability 8.0, and GPU 0 has 7.5"
+    assert [reason in record.message for record in caplog.records] == [True]
+    with pytest.raises(EngineStartError, match=f"'cuda:0', but {reason}"):
+        select_device("cuda:0")
+
+
+def test_without_triton_no_gpu_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_gpus(monkeypatch, (9, 0), triton=False)
+    assert select_device("auto") == torch.device("cpu")
+    with pytest.raises(EngineStartError, match=r"Triton, .* is not installed"):
+        select_device("cuda")

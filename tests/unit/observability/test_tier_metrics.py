@@ -46,6 +46,12 @@ EXPECTED = {
     ("localmoe_link_busy_seconds_total", "disk_ram"): "disk_busy_s",
     ("localmoe_link_stall_seconds_total", "disk_ram"): "stall_s",
     ("localmoe_link_errors_total", "disk_ram"): "disk_errors",
+    ("localmoe_expert_slots", "device"): "device_slots",
+    ("localmoe_experts_present", "device"): "num_on_device",
+    ("localmoe_expert_uses_total", "device"): "device_hits",
+    ("localmoe_expert_evictions_total", "device"): "device_evictions",
+    ("localmoe_expert_fetches_total", ""): "device_fetches",
+    ("localmoe_link_busy_seconds_total", "ram_device"): "copies_busy_s",
 }
 
 
@@ -58,10 +64,14 @@ def test_every_total_has_its_metric() -> None:
     found = samples(metrics)
     assert {key: found[key] for key in EXPECTED} == {key: getattr(tiers, name) for key, name in EXPECTED.items()}
     assert found["localmoe_experts_present_bytes", "ram"] == tiers.num_present * tiers.slot_bytes
+    num_copies = tiers.copies_in + tiers.copies_out
+    assert found["localmoe_link_transfers_total", "ram_device"] == num_copies
+    assert found["localmoe_link_bytes_total", "ram_device"] == num_copies * tiers.device_slot_bytes
     assert found["localmoe_layers_total", ""] == 64
     assert found["localmoe_layer_seconds_total", ""] == 0.5
-    sizes = {"num_experts", "slot_bytes"}  # shown by others
-    assert set(EXPECTED.values()) | sizes == set(TierState.__struct_fields__)
+    # Shown in products and sums, or by others.
+    others = {"num_experts", "slot_bytes", "device_slot_bytes", "copies_in", "copies_out"}
+    assert set(EXPECTED.values()) | others == set(TierState.__struct_fields__)
 
 
 def test_totals_go_on_and_levels_fall_when_an_engine_dies() -> None:

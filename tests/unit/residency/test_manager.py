@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from localmoe.core.model import ExpertId
 from localmoe.core.plans import Load
 from localmoe.residency.manager import ResidencyManager
+from localmoe.residency.policy import PolicyName, retention_policy
 
 
 class FixedValues:
@@ -269,3 +270,77 @@ def test_every_layer_ends_and_no_slot_is_used_twice(
 def test_an_arena_without_slots_is_no_arena(num_slots: int) -> None:
     with pytest.raises(AssertionError):
         make(num_slots)
+
+
+def test_what_is_lent_stays_until_it_is_returned() -> None:
+    manager, _ = make(num_slots=3)
+    run_layer(manager, 0, [0, 1, 2])
+    assert manager.lend(ExpertId(0, 0)) is not None
+    assert manager.lend(ExpertId(0, 0)) is None  # it is
+    assert manager.lend(ExpertId(0, 5)) is None  # not here
+    assert manager.lend(ExpertId(0, 1)) is not None
+    assert manager.lend(ExpertId(0, 2)) is None  # reads need a slot
+    for expert in (3, 4, 5, 6):
+        run_layer(manager, 1, [expert])
+    run_layer(manager, 0, [0, 1])  # what is lent may be used
+    assert present(manager, 0, [0, 1, 2]) == [0, 1]
+    manager.return_loan(ExpertId(0, 0))
+    run_layer(manager, 1, [3, 4])
+    assert present(manager, 0, [0, 1, 2]) == [1]
+
+
+def test_what_moves_out_leaves_its_slot_to_others() -> None:
+    manager, _ = make(num_slots=2)
+    run_layer(manager, 0, [0, 1])
+    assert manager.lend(ExpertId(0, 0)) is not None
+    assert manager.give_up(ExpertId(0, 0))
+    assert manager.num_present == 1
+    run_layer(manager, 1, [7])
+    assert present(manager, 0, [0, 1]) == [1]
+    assert manager.counters.evictions == 0
+
+
+def test_what_comes_back_drives_out_who_is_worth_less() -> None:
+    manager, policy = make(num_slots=3)
+    assert manager.take_room(ExpertId(2, 0)) is not None
+    run_layer(manager, 0, [0, 1])
+    assert present(manager, 2, [0]) == []  # not yet
+    manager.received(ExpertId(2, 0))
+    assert present(manager, 2, [0]) == [0]
+    for expert, value in ((0, 2.0), (1, 3.0)):
+        policy.prefer(0, expert, value)
+    policy.prefer(2, 0, 5.0)
+    policy.prefer(2, 1, 2.0)
+    assert manager.take_room(ExpertId(2, 1)) is None  # worth no more than anybody here
+    policy.prefer(2, 1, 2.5)
+    room = manager.take_room(ExpertId(2, 1))
+    assert room is not None
+    assert room[1] == ExpertId(0, 0)
+    assert not manager.give_up(ExpertId(2, 1))  # it does not come after all
+    assert present(manager, 0, [0, 1]) == [1]
+    assert manager.num_present == 2
+
+
+def test_a_prefetched_expert_that_is_lent_was_useful() -> None:
+    manager, _ = make(num_slots=3)
+    need(manager, 0, [0])
+    manager.expect(1, [4])
+    for load in [*loads(manager, 1), *loads(manager, 1)]:
+        manager.arrived(load.expert)
+    assert manager.lend(ExpertId(1, 4)) is not None
+    need(manager, 1, [])
+    assert manager.counters.prefetches_useful == 1
+    assert manager.counters.prefetches_wasted == 0
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "adaptive"])
+def test_no_expert_counts_for_nobody(policy: PolicyName) -> None:
+    values = []
+    for nobody in (-1, None):
+        judged = retention_policy(policy, 2, 8)
+        for layer in (0, 1):
+            judged.observe(layer, [[1, 2], [3, nobody]] if nobody else [[1, 2], [3, 3]], prefill=True)
+            judged.observe(layer, [5, nobody] if nobody else [5], prefill=False)
+        values.append(judged.values())
+    assert np.argsort(values[0], axis=None).tolist() == np.argsort(values[1], axis=None).tolist()
+    assert values[0][:, 7] == pytest.approx(values[0][:, 6])  # the last is not who -1 would name

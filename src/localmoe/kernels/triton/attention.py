@@ -47,7 +47,7 @@ class DeviceStep:
     """A `PagedStep` on the device; copied once for all layers."""
 
     slots_T: Tensor
-    """int64"""
+    """int64; a token whose slot is -1 is stored nowhere"""
     spans_S3: Tensor
     """int32"""
     tables_SN: Tensor
@@ -64,10 +64,10 @@ class DeviceStep:
     @classmethod
     def of(cls, step: PagedStep, block_tokens: int, heads_per_group: int, device: torch.device) -> Self:
         """Copy a step; the host does not wait for it."""
-        tile_queries = max(1, _TILE_PAIRS // triton.next_power_of_2(heads_per_group))
-        counts_S = -(-step.spans_S3[:, 1] // tile_queries)
+        tile_size = tile_queries(heads_per_group)
+        counts_S = -(-step.spans_S3[:, 1] // tile_size)
         sequences_Q = np.repeat(np.arange(len(counts_S)), counts_S)
-        firsts_Q = (np.arange(counts_S.sum()) - np.repeat(np.cumsum(counts_S) - counts_S, counts_S)) * tile_queries
+        firsts_Q = (np.arange(counts_S.sum()) - np.repeat(np.cumsum(counts_S) - counts_S, counts_S)) * tile_size
         return cls(
             slots_T=to_device(step.slots_T, device),
             spans_S3=to_device(step.spans_S3, device),
@@ -75,9 +75,20 @@ class DeviceStep:
             cosines_Td=to_device(step.cosines_Td, device),
             sines_Td=to_device(step.sines_Td, device),
             tiles_Q2=to_device(np.stack([sequences_Q, firsts_Q], axis=1).astype(np.int32), device),
-            tile_queries=tile_queries,
-            num_pieces=-(-step.tables_SN.shape[1] * block_tokens // PIECE_TOKENS),
+            tile_queries=tile_size,
+            num_pieces=num_pieces(step.tables_SN.shape[1], block_tokens),
         )
+
+
+def tile_queries(heads_per_group: int) -> int:
+    """Tokens of a tile."""
+    heads: int = triton.next_power_of_2(heads_per_group)
+    return max(1, _TILE_PAIRS // heads)
+
+
+def num_pieces(table_blocks: int, block_tokens: int) -> int:
+    """Of a sequence that fills so many cache blocks."""
+    return -(-table_blocks * block_tokens // PIECE_TOKENS)
 
 
 class GpuAttention:
@@ -191,6 +202,7 @@ def _heads(
     block, offset = slot // BLOCK, slot % BLOCK
     at = tl.arange(0, HALF)
     mask = at < SIZE // 2
+    stored = at < tl.where(slot >= 0, SIZE // 2, 0)
     row = qkv + token * row_size
     cosines += token * (SIZE // 2)
     sines += token * (SIZE // 2)
@@ -203,14 +215,14 @@ def _heads(
         group = head - HEADS
         first, second = _turned(row + k_offset, group, k_norm, GROUPS, cosines, sines, eps, SIZE, NORM, C, HALF)
         key_to = keys + ((block * GROUPS + group) * SIZE + at) * BLOCK + offset
-        _store_cache(key_to, first, mask)
-        _store_cache(key_to + (SIZE // 2) * BLOCK, second, mask)
+        _store_cache(key_to, first, stored)
+        _store_cache(key_to + (SIZE // 2) * BLOCK, second, stored)
     else:
         group = head - HEADS - GROUPS
         source = row + v_offset + group * SIZE + at
         value_to = values + ((block * GROUPS + group) * BLOCK + offset) * SIZE + at
-        _store_cache(value_to, tl.load(source, mask=mask, other=0.0), mask)
-        _store_cache(value_to + SIZE // 2, tl.load(source + SIZE // 2, mask=mask, other=0.0), mask)
+        _store_cache(value_to, tl.load(source, mask=mask, other=0.0), stored)
+        _store_cache(value_to + SIZE // 2, tl.load(source + SIZE // 2, mask=mask, other=0.0), stored)
 
 
 @triton.jit

@@ -138,7 +138,7 @@ class _LayerExperts:
         self._slots_E[expert] = -1
 
     def begin(self, h_TD: Tensor, ids_TK: Tensor) -> None:
-        """Take a step's inputs [T, D] float32 and choices [T, K] int32, each in 0..num_experts - 1."""
+        """Take a step's inputs [T, D] float32 and choices [T, K] int32, from 0 to num_experts - 1, or -1 for none."""
         device, num_experts = ids_TK.device, len(self._slots_E)
         step = _Step(
             ids_TK=ids_TK,
@@ -235,7 +235,7 @@ class ResidentExperts(_LayerExperts):
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def _sort(ids, order, starts, num_pairs, num_experts, P: tl.constexpr):
-    """A program's expert's pairs, in ascending order, follow those of all lower experts."""
+    """A program's expert's pairs, in ascending order, follow those of all lower experts, -1 included."""
     expert = tl.program_id(0)
     start = 0
     for first in range(0, num_pairs, P):
@@ -336,7 +336,8 @@ def _sum(ids, slots, weights, pairs, x, hidden, top_k, D: tl.constexpr):
     sum_D = tl.zeros((D,), dtype=tl.float32)
     for k in range(top_k):
         pair = token * top_k + k
-        if tl.load(slots + tl.load(ids + pair)) >= 0:
+        expert = tl.load(ids + pair)
+        if tl.load(slots + expert, mask=expert >= 0, other=-1) >= 0:
             sum_D += tl.load(weights + pair) * tl.load(pairs + pair * hidden + at_D, mask=mask, other=0.0)
     x += token * hidden
     tl.store(x + at_D, tl.load(x + at_D, mask=mask, other=0.0) + sum_D, mask=mask)

@@ -1,4 +1,4 @@
-"""A token may name one expert several times, all but once without weight: it is as if it had named it once."""
+"""A token may have places without an expert, id -1: it is as if it had chosen fewer."""
 
 import pytest
 import torch
@@ -14,20 +14,23 @@ def check(kernels: Kernels, weights: WeightFormat, num_tokens: int) -> None:
     experts = placed_experts(kernels, expert_weights(weights, 9, 96, 64))
     ids, shares = random_routes(num_tokens, 9, 4, seed=1)
     h, x = random(num_tokens, 96), random(num_tokens, 96, seed=1)
-    kept = torch.arange(num_tokens) % 4 + 1  # how many of each token's experts stay
-    repeats = torch.arange(4)[None] >= kept[:, None]
-    repeated_ids, repeated_shares = torch.where(repeats, ids[:, :1], ids), shares.masked_fill(repeats, 0)
+    # Of the first token none, of the others one to four, anywhere.
+    kept = random(num_tokens, 4, seed=2) > 0
+    kept[:, 2] |= ~kept.any(1)
+    kept[0] = False
+    some_ids = ids.masked_fill(~kept, -1)
     expected = x.clone()
-    for t, count in enumerate(kept.tolist()):
+    for t in range(1, num_tokens):
         row = slice(t, t + 1)
-        experts(h[row], ids[row, :count].contiguous(), shares[row, :count].contiguous(), expected[row])
+        experts(h[row], ids[row][kept[row]][None], shares[row][kept[row]][None], expected[row])
+    spoiled_shares = shares.masked_fill(~kept, torch.nan)
     whole, parts = x.clone(), x.clone()
-    experts(h, repeated_ids, repeated_shares, whole)
-    used = sorted(set(repeated_ids.flatten().tolist()))
-    experts.begin(h, repeated_ids)
+    experts(h, some_ids, spoiled_shares, whole)
+    used = sorted(set(some_ids.flatten().tolist()) - {-1})
+    experts.begin(h, some_ids)
     experts.compute(used[1::2])
     experts.compute(used[::2])
-    experts.finish(repeated_shares, parts)
+    experts.finish(spoiled_shares, parts)
     assert torch.equal(parts, whole)
     if isinstance(kernels, ReferenceKernels):
         torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-5)  # BLAS adds otherwise for more tokens
