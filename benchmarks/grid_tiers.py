@@ -1,128 +1,129 @@
 """The automatic choices of the tiers against every other choice: policy, layers read ahead, queue depth.
 
-Each run of `localmoe bench tiers` is alone in a control group with a memory limit (root is needed). A machine's
-speed drifts over such a time, so a run with nothing chosen stands between any few others, and each is compared with
-the mean of the two around it. Prints Markdown, progress on standard error.
+    python benchmarks/grid_tiers.py [--slots 369,690] [--shape olmoe-1b-7b] [--json FILE]
+
+For each policy and number of layers ahead, decoders of every queue depth and one with nothing chosen are in memory
+together, each with the same number of slots, and decode the same random tokens in turns of a few steps: so a moment
+in which the machine is slower falls on all alike. Compared are medians over the turns. Takes about twenty minutes and
+16 GB of memory; a memory limit of 2 or 3 GiB leaves olmoe-1b-7b 369 or 690 slots. Prints Markdown.
 """
 
 import argparse
 import itertools
 import json
 import os
+import random
 import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal, get_args
 
-from peers.limits import forget_pages, memory_group
-from peers.process import OtherWork, PeerError, json_lines, run, say
+import torch
+from peers.process import OtherWork, say
 
+from localmoe.bench.engine import StepBench, Workload
 from localmoe.bench.machine import cpu_name
-from localmoe.bench.shapes import SHAPES
+from localmoe.bench.shapes import SHAPES, find_model
+from localmoe.bench.weights import ensure_store
+from localmoe.config.settings import load_settings
+from localmoe.core.model import WeightFormat
+from localmoe.engine.budget import MemoryPlan
+from localmoe.engine.config import EngineConfig
+from localmoe.engine.load import load_tiered
+from localmoe.formats.store import Store
+from localmoe.kernels.base import Kernels
+from localmoe.kernels.select import select_kernels
+from localmoe.tiers.config import TiersConfig
+from localmoe.tiers.host import stride_bytes
 
-POLICIES = ("lru", "lfu", "adaptive")
+Policy = Literal["lru", "lfu", "adaptive"]
 LAYERS_AHEAD = (0, 1, 2)
 QUEUE_DEPTHS = (4, 8, 16, 32)
-RUNS_BETWEEN = 3
-"""Between two with nothing chosen."""
+PROMPT_TOKENS = 128
+WARM_STEPS = 16
+TURNS = 24
+STEPS = 2
+"""Of a turn."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 1 if something could not be measured."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--home", type=Path, required=True, help="where the store is, or is written; kept for later"
-    )
+class Grid:
+    """Decoders of one store, with the same number of slots each."""
+
+    def __init__(self, store: Store, kernels: Kernels, config: EngineConfig, num_slots: int) -> None:
+        self._store = store
+        self._kernels = kernels
+        self._config = config
+        self._plan = MemoryPlan(
+            budget_bytes=1 << 40,
+            kv_cache_bytes=0,
+            workspace_bytes=0,
+            dense_bytes=0,
+            num_slots=num_slots,
+            slot_bytes=stride_bytes(store.blob_bytes),
+        )
+
+    def against_auto(self, choices: Sequence[TiersConfig]) -> list[float]:
+        """Speed with nothing chosen, as a ratio to the speed with each choice."""
+        benches = [self._bench(choice) for choice in (self._config.tiers, *choices)]
+        for bench in benches:
+            bench.step(1, PROMPT_TOKENS, 0)
+            for position in range(WARM_STEPS):
+                bench.step(1, 1, position)
+        turns_s: list[list[float]] = [[] for _ in benches]
+        order = list(zip(benches, turns_s, strict=True))
+        for turn in range(TURNS):
+            random.Random(turn).shuffle(order)  # what goes before may matter
+            for bench, times_s in order:
+                first = WARM_STEPS + turn * STEPS
+                times_s.append(sum(bench.step(1, 1, position)[0] for position in range(first, first + STEPS)))
+        auto_s, *others_s = turns_s
+        return [
+            statistics.median(other / auto for other, auto in zip(times_s, auto_s, strict=True))
+            for times_s in others_s
+        ]
+
+    def _bench(self, tiers: TiersConfig) -> StepBench:
+        decoder, _ = load_tiered(self._store, self._kernels, self._plan, tiers)
+        workload = Workload(streams=(1,), prompt_tokens=PROMPT_TOKENS)
+        return StepBench(decoder, self._kernels, self._store.weights, self._config, workload)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slots", default="369,690", help="experts that fit in memory (default: %(default)s)")
     parser.add_argument("--shape", choices=SHAPES, default="olmoe-1b-7b")
-    parser.add_argument("--limits-mib", default="2048,3072", help="memory of each command (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: every core")
-    parser.add_argument("--best", type=int, default=3, help="so many of the best are measured again (default: 3)")
     parser.add_argument("--json", type=Path, help="where to write every figure")
-    args = parser.parse_args(argv)
-    bench = _Bench(args.home.resolve(), args.shape, args.threads)
-    figures: dict[str, dict[str, list[float]]] = {}
-    other = OtherWork()
-    try:
-        bench.write_store()
-        for limit_mib in map(int, args.limits_mib.split(",")):
-            grid = [*itertools.product(POLICIES, LAYERS_AHEAD, QUEUE_DEPTHS)]
-            found = bench.against_auto(limit_mib, grid)
-            # The best of many noisy runs flatters itself; measured again, it does not.
-            best = sorted(found, key=lambda choice: found[choice][0])[: args.best]
-            for _ in range(2):
-                for choice, ratios in bench.against_auto(limit_mib, best).items():
-                    found[choice] += ratios
-            figures[str(limit_mib)] = {" ".join(map(str, choice)): ratios for choice, ratios in found.items()}
-    except PeerError as error:
-        say(str(error))
-        return 1
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    settings, other = load_settings(), OtherWork()
+    num_threads = settings.engine.num_threads or len(os.sched_getaffinity(0))
+    kernels = select_kernels(settings.engine.cpu_level, num_threads, pin=settings.engine.pin_threads)
+    config = replace(settings.engine, num_threads=num_threads)
+    path = ensure_store(find_model(args.shape), WeightFormat.MXFP4, settings.home, lambda *_: None)
+    ratios: dict[str, dict[str, float]] = {}
+    with Store.open(path) as store:
+        for num_slots in map(int, args.slots.split(",")):
+            grid, found = Grid(store, kernels, config, num_slots), ratios.setdefault(str(num_slots), {})
+            for policy, ahead in itertools.product(get_args(Policy), LAYERS_AHEAD):
+                tiers = replace(config.tiers, policy=policy, prefetch_layers=ahead)
+                choices = [replace(tiers, disk=replace(tiers.disk, queue_depth=depth)) for depth in QUEUE_DEPTHS]
+                for depth, ratio in zip(QUEUE_DEPTHS, grid.against_auto(choices), strict=True):
+                    found[f"{policy}, {ahead}, {depth}"] = ratio
+                    say(f"{num_slots} slots, {policy}, {ahead} layers ahead, depth {depth}: {ratio:.2f}")
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print(f"{time.strftime('%Y-%m-%d')}, {cpu_name()}, {args.threads} threads, {args.shape}, MXFP4.\n")
-    print(_markdown(figures))
+        args.json.write_text(json.dumps(ratios, indent=1) + "\n")
+    print(f"{time.strftime('%Y-%m-%d')}, {cpu_name()}, {num_threads} threads, {args.shape}, MXFP4.\n")
+    print("| slots | best of the grid: policy, layers ahead, queue depth | auto / best | auto / worst |")
+    print("|---|---|---|---|")
+    for slots, found in ratios.items():
+        best = min(found, key=found.__getitem__)
+        print(f"| {slots} | {best} | **{found[best]:.2f}** | {max(found.values()):.2f} |")
     if (busy := other.cores()) > 0.1:
         print(f"\nNot valid, the machine was not quiet: other programs used {busy:.1f} cores.")
     return 0
-
-
-Choice = tuple[str, int, int]
-"""Policy, layers read ahead, queue depth."""
-
-
-class _Bench:
-    """Runs of `localmoe bench tiers`."""
-
-    def __init__(self, home: Path, shape: str, threads: int) -> None:
-        self._home = home
-        self._store = home / "bench" / f"{shape}-mxfp4.store"
-        self._command = [sys.executable, "-m", "localmoe", "bench", "tiers", "--json", "--shape", shape]
-        self._command += ["--threads", str(threads), "--prompt-tokens", "64"]
-
-    def write_store(self) -> None:
-        """Outside every limit. Raises PeerError."""
-        self._run([*self._command, "--ram-bytes", "2e9"])
-
-    def against_auto(self, limit_mib: int, choices: Sequence[Choice]) -> dict[Choice, list[float]]:
-        """Tokens decoded per second with nothing chosen, as a ratio to those with each choice. Raises PeerError."""
-        ratios: dict[Choice, list[float]] = {}
-        before = self._decode_tok_s(limit_mib, None)
-        for first in range(0, len(choices), RUNS_BETWEEN):
-            some = choices[first : first + RUNS_BETWEEN]
-            found = [self._decode_tok_s(limit_mib, choice) for choice in some]
-            after = self._decode_tok_s(limit_mib, None)
-            auto = statistics.mean((before, after))
-            ratios |= {choice: [auto / tok_s] for choice, tok_s in zip(some, found, strict=True)}
-            before = after
-        return ratios
-
-    def _decode_tok_s(self, limit_mib: int, choice: Choice | None) -> float:
-        options: list[str] = []
-        if choice is not None:
-            policy, layers, depth = choice
-            options = ["--policy", policy, "--prefetch-layers", str(layers), "--queue-depth", str(depth)]
-        with memory_group(limit_mib << 20) as inside:
-            forget_pages(self._store)
-            (report,) = json_lines(self._run([*inside, *self._command, *options]))
-        tok_s = float(report["decode_tok_s"])
-        say(f"{limit_mib} MiB, {' '.join(options) or 'auto'}: {tok_s:.2f} tok/s")
-        return tok_s
-
-    def _run(self, command: Sequence[str]) -> str:
-        return run(command, self._home / "grid.log", variables={"LOCALMOE_HOME": str(self._home)})
-
-
-def _markdown(figures: dict[str, dict[str, list[float]]]) -> str:
-    lines = [
-        "| limit | best of the grid: policy, layers ahead, depth | auto / best | auto / worst |",
-        "|---|---|---|---|",
-    ]
-    for limit, ratios in figures.items():
-        medians = {choice: statistics.median(values) for choice, values in ratios.items()}
-        # Only what was measured again is compared with.
-        best = min((choice for choice in medians if len(ratios[choice]) > 1), key=medians.__getitem__)
-        lines.append(f"| {limit} MiB | {best} | **{medians[best]:.2f}** | {max(medians.values()):.2f} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,7 @@ private:
 
 struct BoundRuntime : Runtime {
     using Runtime::Runtime;
+    ~BoundRuntime() { join(); }
 
     void embed(const BoundMatrix& matrix, Ids ids, Floats out) {
         require(out.shape(0) == ids.size() && out.shape(1) == matrix.columns, "out is not [ids, columns]");
@@ -282,10 +283,13 @@ struct BoundRuntime : Runtime {
 
     void moe_compute(const BoundExperts& bound, const std::vector<int32_t>& ids) {
         const std::vector<const Expert*> experts = at(bound, ids);
-        const nb::gil_scoped_release release;
-        const Turn turn(*this);
-        require(ids.empty() || begun_ == &bound, "moe_begin was not called for these experts");
-        Runtime::moe_compute(experts.data(), ids.data(), ids.size());
+        {
+            const nb::gil_scoped_release release;
+            const Turn turn(*this);
+            require(ids.empty() || begun_ == &bound, "moe_begin was not called for these experts");
+            Runtime::moe_compute(experts.data(), ids.data(), ids.size());
+        }
+        computed_ = nb::find(bound);
     }
 
     void moe_finish(const BoundExperts& bound, ConstFloats weights, Floats x) {
@@ -350,6 +354,7 @@ private:
     };
 
     std::mutex mutex_;
+    nb::object computed_;  // the experts that may still be computed: they must not be freed meanwhile
     const BoundExperts* begun_ = nullptr;  // whose moe_begin is to be finished; only compared
     size_t begun_tokens_ = 0, begun_top_k_ = 0;
 };
@@ -410,8 +415,7 @@ NB_MODULE(_cpu, m) {
         .def("moe", &BoundRuntime::moe, "experts"_a, "h"_a.noconvert(), "ids"_a.noconvert(),
              "weights"_a.noconvert(), "x"_a.noconvert())
         .def("moe_begin", &BoundRuntime::moe_begin, "experts"_a, "h"_a.noconvert(), "ids"_a.noconvert())
-        // What is being computed is not freed before the threads that compute it have ended.
-        .def("moe_compute", &BoundRuntime::moe_compute, nb::keep_alive<1, 2>(), "experts"_a, "ids"_a)
+        .def("moe_compute", &BoundRuntime::moe_compute, "experts"_a, "ids"_a)
         .def("moe_finish", &BoundRuntime::moe_finish, "experts"_a, "weights"_a.noconvert(), "x"_a.noconvert())
         .def("draw", &BoundRuntime::draw, "logits"_a.noconvert(), "temperatures"_a.noconvert(),
              "top_k"_a.noconvert(), "top_p"_a.noconvert(), "min_p"_a.noconvert(), "uniforms"_a.noconvert(),

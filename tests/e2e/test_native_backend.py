@@ -83,11 +83,20 @@ async def test_a_hung_engine_is_killed_and_replaced(tiny_home: Path) -> None:
         hung = engine_pid(os.getpid())
         os.kill(hung, signal.SIGSTOP)
         async with asyncio.timeout(10):
-            with pytest.raises(EngineDiedError, match="signal 9"):
+            with pytest.raises(EngineDiedError, match=r"finished no step for \d s and was killed"):
                 await answer(backend, greedy("a", [5], 4))
         await wait_until(backend, ready=True)
         assert engine_pid(os.getpid()) != hung
         assert len(await answer(backend, greedy("a", [5], 4))) == 4
+
+
+async def test_what_ends_a_whole_group_leaves_the_engine_to_its_client(tiny_home: Path) -> None:
+    async with running(tiny_home / STORE) as backend:
+        engine = engine_pid(os.getpid())
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(engine, number)
+        assert len(await answer(backend, greedy("a", [5], 4))) == 4
+        assert engine_pid(os.getpid()) == engine
 
 
 async def test_an_engine_that_cannot_restart_is_tried_again_until_it_can(tiny_home: Path, tmp_path: Path) -> None:
@@ -135,11 +144,26 @@ async def test_a_start_that_fails_says_why_and_leaves_nothing(tmp_path: Path) ->
         engine_pid(os.getpid())
 
 
-async def test_a_start_that_fails_in_a_way_of_its_own_says_why_too(tiny_home: Path) -> None:
+_BREAKS_AN_IMPORT = """
+import sys
+
+class Breaker:
+    def find_spec(self, name, path=None, target=None):
+        if name == "localmoe.kernels.cpu":
+            raise RuntimeError("a bug")
+
+sys.meta_path.insert(0, Breaker())
+"""
+
+
+async def test_a_start_that_fails_in_a_way_of_its_own_says_why_too(
+    tiny_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("localmoe._cpu", reason="the C++ kernels were not built")
-    backend = make_backend(tiny_home / STORE, num_threads=99999)
-    with pytest.raises(EngineStartError, match="num_threads"):
-        await backend.start()
+    (tmp_path / "sitecustomize.py").write_text(_BREAKS_AN_IMPORT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(EngineStartError, match="a bug"):
+        await make_backend(tiny_home / STORE).start()
 
 
 async def test_a_full_queue_and_a_bad_request_cost_nobody_else_anything(tiny_home: Path) -> None:

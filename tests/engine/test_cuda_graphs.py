@@ -19,9 +19,11 @@ from localmoe.core.plans import SequenceStep
 from localmoe.core.request import SamplingParams
 from localmoe.engine.config import EngineConfig
 from localmoe.engine.cuda_graphs import Capture, CudaCapture, DecodeGraphs
+from localmoe.engine.executor import Forward
 from localmoe.engine.kv_cache import KVCache, place
 from localmoe.engine.load import load_decoder, load_device_engine
 from localmoe.engine.observed_experts import ObservedExperts
+from localmoe.engine.watch import Watch
 from localmoe.formats.store import Store
 from localmoe.kernels.gpu import GpuKernels
 from localmoe.models.decoder import Decoder
@@ -85,6 +87,11 @@ def decode_steps(*sequences: tuple[int, int, tuple[int, ...]]) -> list[SequenceS
 SHORT, MIDDLE, LONG, FIRST = (7, 3, (9,)), (200, 40, (4, 1, 2)), (31, 70, (15, 3, 8, 0, 5)), (12, 0, (6,))
 
 
+@pytest.fixture(autouse=True)
+def _small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localmoe.engine.cuda_graphs.PIECE_TOKENS", 128)
+
+
 @pytest.fixture
 def watch(decoder: Decoder) -> ObservedExperts:
     return blind_insight(decoder).experts
@@ -94,13 +101,13 @@ def watch(decoder: Decoder) -> ObservedExperts:
 def test_a_step_of_any_size_has_the_same_bits(
     decoder: Decoder, watch: ObservedExperts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of contexts of one, two and three pieces, in buffers for sixteen."""
+    """Of contexts of one, two and three pieces, in buffers for four."""
     monkeypatch.setattr("localmoe.kernels.triton.attention.PIECE_TOKENS", 32)
     plain_cache, cache = caches(decoder)
     graphs = DecodeGraphs(decoder, cache, watch, capture(), max_num_seqs=6)
     replayed: list[torch.Tensor] = []
     monkeypatch.setattr(watch, "replayed", replayed.append)
-    for sequences in ((SHORT, LONG, MIDDLE), (FIRST, MIDDLE, LONG, SHORT), (MIDDLE, SHORT, FIRST)):
+    for sequences in ((SHORT, LONG, MIDDLE), (FIRST, MIDDLE, LONG, SHORT)):
         steps = decode_steps(*sequences)
         token_ids = torch.tensor([step.token_ids[0] for step in steps], dtype=torch.int32)
         placed = place(steps, BLOCK_TOKENS, decoder.frequencies)
@@ -132,25 +139,42 @@ def test_what_is_no_decode_step_runs_as_it_is(
     assert len(graphs(torch.tensor([7], dtype=torch.int32), placed)) == 1
 
 
+@torch.inference_mode()
+def test_a_size_that_there_is_no_memory_for_runs_as_it_is(decoder: Decoder, watch: ObservedExperts) -> None:
+    tried: list[int] = []
+
+    def full(launch: Callable[[], None]) -> Callable[[], None]:
+        tried.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    plain_cache, cache = caches(decoder)
+    graphs = DecodeGraphs(decoder, cache, watch, full, max_num_seqs=4)
+    placed = place(decode_steps(SHORT, MIDDLE), BLOCK_TOKENS, decoder.frequencies)
+    token_ids = torch.tensor([7, 200], dtype=torch.int32)
+    expected = decoder.forward(token_ids, plain_cache, placed)
+    for _ in range(2):
+        assert torch.equal(graphs(token_ids, placed), expected)
+    assert len(tried) == 1
+
+
 def test_an_engine_of_graphs_generates_and_counts_the_same(
     store_path: Path, kernels: GpuKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = EngineConfig(num_threads=2, max_num_seqs=4, max_num_batched_tokens=32, speculation=False)
-    requests = [greedy("a", [5, 6, 7], 4), greedy("b", [40], 3), greedy("c", [8, 9], 2)]
+    requests = [greedy("a", [5, 6, 7], 3), greedy("b", [40], 2), greedy("c", [8, 9], 2)]
 
-    def outcome() -> tuple[dict[str, list[int]], list[list[int]], int]:
-        engine = load_device_engine("test", store_path, kernels, config, 1 << 30)
+    def outcome(forward_with: Callable[..., Forward]) -> tuple[dict[str, list[int]], list[list[int]]]:
+        monkeypatch.setattr("localmoe.engine.engine.forward_with", forward_with)
+        engine = load_device_engine("test", store_path, kernels, config, 1 << 30, 1 << 30)
         tokens = run(engine, requests)
-        state = engine.state()
-        assert state.layers_s > 0
-        return tokens, engine.inspect().heat, state.num_layer_runs
+        return tokens, engine.inspect().heat
 
-    expected = outcome()
-    monkeypatch.setattr(
-        "localmoe.engine.engine.forward_with",
-        lambda decoder, cache, watch, max_num_seqs: DecodeGraphs(
-            decoder, cache, watch, capture(), max_num_seqs=max_num_seqs
-        ),
-    )
-    assert outcome() == expected
-    assert np.sum(expected[1]) == 2 * 3 * (3 + 3 + 1 + 2 + 2 + 1)
+    def plain(decoder: Decoder, cache: KVCache, watch: Watch, *, max_num_seqs: int) -> Forward:
+        return lambda token_ids, step: decoder.forward(token_ids, cache, step)
+
+    def captured(decoder: Decoder, cache: KVCache, watch: Watch, *, max_num_seqs: int) -> Forward:
+        return DecodeGraphs(decoder, cache, watch, capture(), max_num_seqs=max_num_seqs)
+
+    expected = outcome(plain)
+    assert outcome(captured) == expected
+    assert np.sum(expected[1]) == 2 * 3 * (3 + 2 + 1 + 1 + 2 + 1)

@@ -9,6 +9,7 @@ import torch
 from localmoe.core.errors import InvalidRequestError
 from localmoe.core.protocols import Routed
 from localmoe.core.request import Request, RequestFailed, SamplingParams, TokenChunk, TokenLogprob
+from localmoe.engine.budget import SCORED_ROWS
 from localmoe.engine.config import EngineConfig
 from localmoe.engine.engine import Engine
 from localmoe.engine.load import load_decoder, warm_up
@@ -115,3 +116,23 @@ def test_what_the_model_or_cache_does_not_have_stops_at_the_door(decoder: Decode
     with pytest.raises(InvalidRequestError):
         engine.add(greedy("a", prompt_ids, 10))
     assert not engine.has_work
+
+
+def test_scores_of_a_long_prompt_take_the_logits_of_some_rows_at_a_time(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = sampled("a", [5 + token % 50 for token in range(SCORED_ROWS + 20)], 0, prompt_logprobs=1)
+    sizes: list[int] = []
+    logits = decoder.logits
+
+    def noted(hidden: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(hidden))
+        return logits(hidden)
+
+    monkeypatch.setattr(decoder, "logits", noted)
+    [chunk] = outputs(make_engine(decoder, EngineConfig()), request)
+    assert sizes == [SCORED_ROWS, 19]
+    [expected] = outputs(make_engine(decoder, EngineConfig(max_num_batched_tokens=16)), request)
+    assert isinstance(chunk, TokenChunk)
+    assert isinstance(expected, TokenChunk)
+    assert chunk.prompt_logprobs == expected.prompt_logprobs

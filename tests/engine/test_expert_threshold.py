@@ -195,7 +195,7 @@ def tiered(store: Store, num_slots: int) -> tuple[Decoder, TieredExperts]:
         num_slots=num_slots,
         slot_bytes=stride_bytes(store.blob_bytes),
     )
-    decoder = load_tiered(store, kernels_under_test(), plan, TiersConfig(prefetch_layers=0))
+    decoder, _ = load_tiered(store, kernels_under_test(), plan, TiersConfig(prefetch_layers=0))
     assert isinstance(decoder.experts, TieredExperts)
     return decoder, decoder.experts
 

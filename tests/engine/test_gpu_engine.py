@@ -21,6 +21,7 @@ from localmoe.core.request import Request, RequestFailed, SamplingParams, TokenC
 from localmoe.engine.budget import device_workspace_bytes
 from localmoe.engine.config import EngineConfig, kv_bytes_per_token
 from localmoe.engine.engine import Engine
+from localmoe.engine.experts import ResidentExperts
 from localmoe.engine.load import load_decoder, load_device_engine, load_engine, warm_up
 from localmoe.formats.store import Store
 from localmoe.kernels.gpu import GpuKernels
@@ -79,7 +80,7 @@ def test_prompts_in_chunks_and_a_batch_give_the_processors_tokens(
     decoder: Decoder, cpu_decoder: Decoder, kernels: GpuKernels
 ) -> None:
     config = EngineConfig(max_num_batched_tokens=7, speculation=False)
-    requests = [greedy("a", [5, 6, 7, 8, 9, 10, 11, 12, 13], 3), greedy("b", [40, 3], 4)]
+    requests = [greedy("a", [5, 6, 7, 8, 9, 10, 11, 12, 13], 2), greedy("b", [40, 3], 3)]
     engine = make_engine(decoder, config, kernels=kernels)
     assert run(engine, requests) == run(make_engine(cpu_decoder, config), requests)
     assert engine.state().kv_blocks_used == 0
@@ -102,9 +103,9 @@ def test_logits_are_those_of_the_reference(
 
 def test_a_prompt_seen_before_is_not_computed_again(decoder: Decoder, kernels: GpuKernels) -> None:
     engine = make_engine(decoder, SMALL, kernels=kernels)
-    prompt = list(range(3, 23))
-    first = run(engine, [greedy("first", prompt, 2)])["first"]
-    assert run(engine, [greedy("again", prompt, 2)])["again"] == first
+    prompt = list(range(3, 21))
+    first = run(engine, [greedy("first", prompt, 1)])["first"]
+    assert run(engine, [greedy("again", prompt, 1)])["again"] == first
     assert engine.state().prefix_cache_hits == 16
 
 
@@ -112,7 +113,7 @@ def test_who_was_preempted_goes_on_where_it_was(
     decoder: Decoder, cpu_decoder: Decoder, kernels: GpuKernels
 ) -> None:
     """Three blocks of 16: both fit at first, then one of them has to wait."""
-    requests = [greedy("a", list(range(3, 16)), 6), greedy("b", list(range(30, 44)), 6)]
+    requests = [greedy("a", list(range(3, 18)), 4), greedy("b", list(range(30, 45)), 4)]
     engine = make_engine(decoder, SMALL, num_blocks=3, kernels=kernels)
     assert run(engine, requests) == run(make_engine(cpu_decoder, SMALL), requests)
     assert engine.state().num_preemptions > 0
@@ -162,7 +163,7 @@ def test_numbers_that_are_not_finite_do_not_outlive_their_request(decoder: Decod
 
 
 def test_an_engine_that_fits_is_loaded_and_computes(store_path: Path, kernels: GpuKernels) -> None:
-    engine = load_device_engine("test", store_path, kernels, SMALL, RESERVE_BYTES + (64 << 20))
+    engine = load_device_engine("test", store_path, kernels, SMALL, RESERVE_BYTES + (64 << 20), 0)
     warm_up(engine)
     assert engine.state().tiers is None
     run(engine, [greedy("a", [5, 6, 7], 2)])
@@ -189,15 +190,33 @@ def test_a_gpu_that_is_not_there_is_refused(store_path: Path) -> None:
         load_engine("test", store_path, replace(SMALL, device="cuda"), 4 << 30)
 
 
+def test_a_gpu_that_is_too_small_is_passed_over_unless_it_was_asked_for(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fixed = replace(SMALL, kv_cache_bytes=1 << 22)
+    with Store.open(store_path) as store:
+        dense_bytes = sum(entry.num_bytes for entry in store.dense_entries)
+        least_bytes = device_workspace_bytes(store.shape, SMALL) + (1 << 22) + dense_bytes + store.blob_bytes
+    free_bytes = RESERVE_BYTES + least_bytes - 1
+    monkeypatch.setattr("localmoe.engine.load.select_device", lambda setting: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 1 << 40))
+    engine = load_engine("test", store_path, replace(fixed, device="auto"), 4 << 30)
+    assert "computing on the processor: not enough memory" in caplog.text
+    assert {place for layer in engine.inspect().placement for place in layer} == {"ram"}
+    with pytest.raises(EngineStartError, match=r"not enough memory on the GPU: .* an expert"):
+        load_engine("test", store_path, replace(fixed, device="cuda"), 4 << 30)
+
+
 def test_memory_that_others_took_is_named(
     store_path: Path, kernels: GpuKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> Decoder:
+    def full(*_: object, **__: object) -> ResidentExperts:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("localmoe.engine.load.load_decoder", full)
+    monkeypatch.setattr("localmoe.engine.experts.ResidentExperts.mapped", full)
     with pytest.raises(EngineStartError, match=r"not enough memory on the GPU, .* CUDA out of memory"):
-        load_device_engine("test", store_path, kernels, SMALL, 1 << 30)
+        load_device_engine("test", store_path, kernels, SMALL, 1 << 30, 1 << 30)
 
 
 def test_a_gpu_that_is_lost_ends_the_engine(
@@ -222,19 +241,20 @@ def test_what_does_not_fit_is_refused_with_what_would_help(store_path: Path, ker
         kv_bytes = 1024 * kv_bytes_per_token(store.shape, "f32")
         dense_bytes = sum(entry.num_bytes for entry in store.dense_entries)
         needed_bytes = device_workspace_bytes(store.shape, SMALL) + kv_bytes + dense_bytes
-        some_bytes = needed_bytes + 5 * store.blob_bytes
+        least_bytes = needed_bytes + store.blob_bytes
         all_bytes = needed_bytes + 16 * store.blob_bytes
     fixed = replace(SMALL, kv_cache_bytes=kv_bytes)
     for free_bytes, message in (
         (needed_bytes - 1, "not enough memory on the GPU: .* dense weights"),
-        (some_bytes, "5 of 16 experts fit"),
+        (least_bytes - 1, "not enough memory on the GPU: .* an expert"),
+        (all_bytes - 1, "not enough memory: .* RAM hold less than 2 experts"),
     ):
         with pytest.raises(EngineStartError, match=message):
-            load_device_engine("test", store_path, kernels, fixed, RESERVE_BYTES + free_bytes)
+            load_device_engine("test", store_path, kernels, fixed, RESERVE_BYTES + free_bytes, 0)
         # A budget does what a small GPU does.
         limited = replace(fixed, tiers=TiersConfig(vram_bytes=free_bytes))
         with pytest.raises(EngineStartError, match=message):
-            load_device_engine("test", store_path, kernels, limited, 1 << 40)
-    load_device_engine("test", store_path, kernels, fixed, RESERVE_BYTES + all_bytes)
+            load_device_engine("test", store_path, kernels, limited, 1 << 40, 0)
+    load_device_engine("test", store_path, kernels, fixed, RESERVE_BYTES + all_bytes, 0)
     with pytest.raises(EngineStartError, match="not enough memory"):
-        load_device_engine("test", store_path, kernels, SMALL, RESERVE_BYTES)
+        load_device_engine("test", store_path, kernels, SMALL, RESERVE_BYTES, 0)

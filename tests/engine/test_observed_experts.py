@@ -126,3 +126,12 @@ def test_a_step_that_fails_does_not_lengthen_the_next(slow: SlowExperts, experts
     counts_LE = run_step(experts, [False], rng)
     assert experts.heat() == counts_LE.tolist()
     assert experts.totals() == (L, 33.0)
+
+
+def test_layers_that_are_only_launched_are_not_timed(slow: SlowExperts) -> None:
+    present = np.ones((L, E), np.bool_)
+    launched = ObservedExperts(slow, SHAPE, stall_s=lambda: 0.0, present=lambda: present, is_timed=False)
+    run_step(launched, [False], np.random.default_rng(0))
+    assert launched.layer_times() == []
+    assert launched.totals() == (0, 0.0)
+    assert np.sum(launched.heat()) == L * K

@@ -18,6 +18,7 @@ from localmoe.engine.config import EngineConfig
 from localmoe.engine.engine import Engine
 from localmoe.engine.estimate import PlannedStore
 from localmoe.engine.load import load_decoder, load_engine, load_tiered
+from localmoe.engine.relief import ExpertRelief
 from localmoe.engine.tiered_experts import TieredExperts
 from localmoe.formats.store import Store
 from localmoe.models.decoder import Decoder
@@ -43,7 +44,7 @@ def tiered(path: Path, num_slots: int, *, streamed: tuple[int, ...] = (), **tier
             num_slots=num_slots,
             slot_bytes=store.blob_bytes,
         )
-        return load_tiered(store, kernels_under_test(), plan, TiersConfig(**tiers))
+        return load_tiered(store, kernels_under_test(), plan, TiersConfig(**tiers))[0]
 
 
 def resident(path: Path) -> Decoder:
@@ -190,6 +191,21 @@ def test_memory_can_be_taken_away_while_serving(tiny_home: Path) -> None:
         state = experts_of(decoder).state()
         assert state.num_slots == num_slots
         assert state.num_present <= num_slots
+
+
+def test_experts_take_less_where_memory_is_short(tiny_home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = store_path(tiny_home, "distinct-experts")
+    decoder = tiered(path, 20)
+    engine = make_engine(decoder, EngineConfig(prefix_caching=False))
+    expected = outcome(engine)
+    experts = experts_of(decoder)
+    slot_bytes = experts.state().slot_bytes
+    relieve = ExpertRelief(experts, reserve_bytes=10 * slot_bytes, fewest_slots=4)
+    for available_slots, num_slots in ((100, 20), (5, 20), (4, 14), (0, 4), (0, 4), (100, 4)):
+        relieve(available_slots * slot_bytes)
+        assert experts.state().num_slots == num_slots
+        assert outcome(engine) == expected
+    assert caplog.text.count("memory is short") == 2
 
 
 def test_damaged_or_missing_dense_weights_are_found_at_load(own_store: Path) -> None:

@@ -26,7 +26,9 @@ from localmoe import _cpu
 from localmoe.core.model import WeightFormat
 from localmoe.formats.fp4 import Mxfp4Matrix, Nvfp4Matrix
 from localmoe.formats.packed import PackedMatrix, pack_matrix, pack_mxfp4, pack_nvfp4
+from localmoe.formats.store import ExpertWeights
 from localmoe.kernels.base import RouterWeights, placed_experts
+from localmoe.kernels.cpu import CpuKernels
 from localmoe.kernels.reference import ReferenceKernels
 
 
@@ -73,7 +75,7 @@ def test_a_tokens_product_has_the_same_bits_everywhere(weights: WeightFormat, ro
 
 
 @each_level
-def test_what_is_being_computed_waits_for_nobody_and_outlives_its_owner(level: str) -> None:
+def test_other_operations_wait_for_what_is_being_computed(level: str) -> None:
     kernels = cpu_kernels(level)
     layers = [placed_experts(kernels, expert_weights(WeightFormat.MXFP4, 9, 256, 512)) for _ in range(2)]
     double = kernels.linear(weight_matrix(WeightFormat.MXFP4, 48, 256))
@@ -84,13 +86,23 @@ def test_what_is_being_computed_waits_for_nobody_and_outlives_its_owner(level: s
     for _ in range(20):
         layers[0].begin(h, ids)
         layers[0].compute(range(9))
-        assert same_bits(double(h), alone)  # while the others are at it
+        assert same_bits(double(h), alone)
         layers[0].finish(shares, again := x.clone())
         assert same_bits(again, whole)
         layers[1].begin(h, ids)
         layers[1].compute(range(9))  # and never finished
-    layers[1].compute(range(9))
-    del double, layers, kernels
+
+
+@each_level
+def test_kernels_and_experts_may_go_while_computing(level: str) -> None:
+    for _ in range(5):
+        kernels = CpuKernels(level, 2, pin=False)
+        matrices = [random_codes(WeightFormat.MXFP4, *size) for size in ((512, 256), (512, 256), (256, 512))]
+        experts = kernels.experts(1, 256, 512, WeightFormat.MXFP4)
+        experts.place(0, ExpertWeights(gate=matrices[0], up=matrices[1], down=matrices[2]))
+        experts.begin(random(400, 256), torch.zeros(400, 1, dtype=torch.int32))
+        experts.compute([0])
+        del matrices, experts, kernels
 
 
 @each_level

@@ -20,6 +20,7 @@ from localmoe.engine.engine import Engine
 from localmoe.engine.insight import Insight
 from localmoe.engine.kv_cache import KVCache, place
 from localmoe.engine.observed_experts import ObservedExperts
+from localmoe.engine.relief import nothing_to_give
 from localmoe.kernels.base import Kernels
 from localmoe.kernels.select import select_kernels
 from localmoe.models.decoder import Decoder
@@ -69,7 +70,9 @@ def make_engine(
     """
     block_bytes = config.block_tokens * kv_bytes_per_token(decoder.shape, "f32")
     config = replace(config, kv_cache_bytes=num_blocks * block_bytes, kv_cache_dtype="f32")
-    return Engine("test", decoder, kernels or kernels_under_test(), config, blind_insight(decoder))
+    return Engine(
+        "test", decoder, kernels or kernels_under_test(), config, blind_insight(decoder), nothing_to_give
+    )
 
 
 def blind_insight(decoder: Decoder) -> Insight:

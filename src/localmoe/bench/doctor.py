@@ -268,7 +268,7 @@ def _disk_speed_checks(
             [(WORKSTATION, 100)],
             note="median of random direct reads of 4 KiB, one at a time",
             is_limit=True,
-            advice="Keep prefetch_layers at 1 or more: reading ahead hides most of it.",
+            advice="Leave prefetch_layers as it is, or raise it: reading ahead hides most of it.",
         ),
     ]
 

@@ -1,4 +1,5 @@
-"""What a GPU makes of a model that fits in its memory, held against that memory's bandwidth, and the processor.
+"""What a GPU makes of a model that fits in its memory, held against that memory's bandwidth, and the processor; and
+both of them together, where it holds a part only.
 
 Whole steps go through the engine's executor as in `bench.engine`; streams go through the engine itself.
 """
@@ -19,12 +20,17 @@ from localmoe.bench.shapes import BenchModel
 from localmoe.bench.streams import StreamDriver, Streams, quantile
 from localmoe.core.errors import ConfigError
 from localmoe.core.model import ModelShape, WeightFormat
+from localmoe.engine.budget import MemoryPlan
 from localmoe.engine.config import EngineConfig
 from localmoe.engine.load import load_decoder, load_device_engine, warm_up
+from localmoe.engine.load_experts import load_hybrid
 from localmoe.formats.store import Store
 from localmoe.hardware.gpus import watch_utilisation
+from localmoe.hardware.memory import available_memory_bytes
 from localmoe.kernels.base import Kernels
 from localmoe.kernels.select import select_device
+from localmoe.models import architecture
+from localmoe.residency.split import LayerWork, Split
 from localmoe.tiers.device import DeviceArena
 from localmoe.tiers.host import HostArena
 
@@ -64,8 +70,13 @@ class GpuReport(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of a step by its mean time, as a share of the GPU's read bandwidth."""
     cpu_aggregate_tok_s: dict[int, float]
     """The same steps on the processor alone."""
+    device_share: float
+    """Of the experts, that are on the GPU in what follows."""
+    hybrid_tok_s: dict[int, dict[str, float]]
+    """Of the same steps, where the GPU fetches what the split finds (`automatic`), all that is in RAM
+    (`fetch_all`), or nothing (`fetch_none`)."""
     streams: int
-    """Open at a time, in what follows."""
+    """Open at a time, in what follows; all experts are on the GPU."""
     stream_prompt_tokens: int
     stream_output_tokens: int
     saturated_tok_s: float
@@ -83,6 +94,19 @@ class GpuWorkload:
 
     steps: Workload
     streams: Streams
+    device_share: float
+    """Of the experts, that are on the GPU where the processor is to help; others are in RAM."""
+
+
+class _Always(Split):
+    """Fetches all experts in RAM, or none."""
+
+    def __init__(self, fetches: bool) -> None:
+        super().__init__()
+        self._fetches = fetches
+
+    def choose(self, work: LayerWork) -> int:
+        return len(work.ram) if self._fetches else 0
 
 
 def require_gpu(setting: str) -> torch.device:
@@ -142,6 +166,16 @@ def measure_gpu(
         _release()
         say("steps on the processor")
         _, cpu_decoded = measure_steps(store, cpu_kernels, config, steps)
+        _release()
+        hybrid = {}
+        for name, split in {
+            "automatic": Split(),
+            "fetch_all": _Always(True),
+            "fetch_none": _Always(False),
+        }.items():
+            say(f"steps on both: {name}")
+            hybrid[name] = measure_hybrid(store, kernels, cpu_kernels, config, workload, split)
+            _release()
         weights = store.weights
     return GpuReport(
         gpu=torch.cuda.get_device_name(device),
@@ -158,6 +192,8 @@ def measure_gpu(
         step_bytes={n: d.step_bytes for n, d in decoded.items()},
         roof_fraction={n: d.step_bytes / d.step_s / bandwidth for n, d in decoded.items()},
         cpu_aggregate_tok_s={n: n / d.step_s for n, d in cpu_decoded.items()},
+        device_share=workload.device_share,
+        hybrid_tok_s={n: {name: rates[n] for name, rates in hybrid.items()} for n in steps.streams},
         streams=streams.count,
         stream_prompt_tokens=streams.prompt_tokens,
         stream_output_tokens=streams.output_tokens,
@@ -186,6 +222,35 @@ def measure_steps(
         bench.step(num_streams, 1, 0)  # a GPU's kernels are compiled and captured, which no later step pays for
         decoded[num_streams] = bench.decode(num_streams)
     return prefill_s, decoded
+
+
+def measure_hybrid(
+    store: Store, kernels: Kernels, cpu_kernels: Kernels, config: EngineConfig, workload: GpuWorkload, split: Split
+) -> dict[int, float]:
+    """Tokens a second by the number of streams, with a share of the experts on the GPU.
+
+    Raises:
+        EngineStartError: the GPU's memory or RAM does not suffice.
+        StoreError: the store is damaged.
+    """
+    num_slots = max(1, round(workload.device_share * len(store.expert_entries)))
+    plan = MemoryPlan(
+        budget_bytes=num_slots * store.blob_bytes,
+        kv_cache_bytes=0,
+        workspace_bytes=0,
+        dense_bytes=0,
+        num_slots=None,
+        num_device_slots=num_slots,
+        slot_bytes=store.blob_bytes,
+    )
+    experts = load_hybrid(store, kernels, cpu_kernels, plan, config, available_memory_bytes(), split)
+    decoder = architecture({"model_type": store.shape.model_type})(store.shape, store, experts, kernels)
+    bench = StepBench(decoder, kernels, store.weights, config, workload.steps)
+    rates = {}
+    for num_streams in workload.steps.streams:
+        bench.decode(num_streams)  # the split learns, kernels are compiled
+        rates[num_streams] = num_streams / bench.decode(num_streams).step_s
+    return rates
 
 
 def device_read_bytes_s(device: torch.device) -> float:
@@ -246,7 +311,7 @@ class _Served:
         cls, shape: ModelShape, store_path: Path, kernels: Kernels, config: EngineConfig, streams: Streams
     ) -> "_Served":
         free_bytes, _ = torch.cuda.mem_get_info(kernels.device)
-        engine = load_device_engine("bench", store_path, kernels, config, free_bytes)
+        engine = load_device_engine("bench", store_path, kernels, config, free_bytes, available_memory_bytes())
         warm_up(engine)
         driver = StreamDriver(engine, shape.vocab_size, streams)
         driver.saturated(lambda: None)  # steps of every size are compiled and captured

@@ -188,4 +188,5 @@ def _half_on_disk(store: Store, kernels: Kernels, config: EngineConfig) -> Decod
         num_slots=num_slots,
         slot_bytes=slot_bytes,
     )
-    return load_tiered(store, kernels, plan, config.tiers)
+    decoder, _ = load_tiered(store, kernels, plan, config.tiers)
+    return decoder

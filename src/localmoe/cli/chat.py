@@ -246,8 +246,11 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def open_client(url: str) -> httpx2.Client:
-    """For requests to a server."""
-    is_loopback = httpx2.URL(url).host in {"127.0.0.1", "::1", "localhost"}
+    """For requests to a server. Raises BackendUnavailableError where `url` is none."""
+    try:
+        is_loopback = httpx2.URL(url).host in {"127.0.0.1", "::1", "localhost"}
+    except httpx2.InvalidURL as error:
+        raise BackendUnavailableError(f"--url {url!r}: {error}; it must be as http://127.0.0.1:8000") from error
     # A proxy from the environment leads to other machines, never to this one.
     return httpx2.Client(base_url=url, timeout=TIMEOUT, trust_env=not is_loopback)
 

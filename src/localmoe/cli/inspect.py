@@ -87,10 +87,6 @@ def _ask(url: str) -> list[Inspection]:
             raise BackendUnavailableError(
                 f"no answer from {url}: {error}; start a server with `localmoe serve`, or name one with --url"
             ) from error
-        except httpx2.InvalidURL as error:
-            raise BackendUnavailableError(
-                f"--url {url!r}: {error}; it must be as http://127.0.0.1:8000"
-            ) from error
     if not response.is_success:
         raise refusal(response)
     try:
@@ -197,7 +193,9 @@ def _print_bandwidth(console: Console, inspection: Inspection) -> None:
 
 def _print_latency(console: Console, inspection: Inspection) -> None:
     if not inspection.layer_times:
-        console.print(f"{inspection.model}: no step has run yet", highlight=False, markup=False)
+        all_on_gpu = all(place == "device" for layer in inspection.placement for place in layer)
+        why = "layers are not timed: the GPU that has all experts is waited for once a step" if all_on_gpu else ""
+        console.print(f"{inspection.model}: {why or 'no step has run yet'}", highlight=False, markup=False)
     for times in inspection.layer_times:
         console.print(
             f"{inspection.model}: {times.phase}, means of {times.num_steps} steps, milliseconds",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -101,6 +102,33 @@ def convert(
     typer.echo(f"{path} is ready. Serve it with: localmoe serve {path.name} --weights {weights}")
 
 
+@app.command(epilog="Example: localmoe models stripe mixtral --weights mxfp4 --to /mnt/disk2 --to /mnt/disk3")
+def stripe(
+    name: ModelName,
+    to: Annotated[list[Path], typer.Option(help="An existing directory on another disk; may be repeated.")],
+    weights: Annotated[WeightFormat, typer.Option(help="Which store; made if it is not there yet.")] = (
+        WeightFormat.NVFP4
+    ),
+    force: Annotated[bool, typer.Option("--force", help="Even where disks are the same.")] = False,
+) -> None:
+    """Copy an equal share of a model's experts to each of some other disks, so that all are read at once.
+
+    For models larger than memory. The store stays whole: a stripe can be lost. Stripes written before are
+    replaced, and `localmoe models rm` deletes them with the model.
+    """
+    directories = [directory.expanduser() for directory in to]
+    with progress_bars() as on_progress:
+        paths = _catalog().stripe(name, weights, directories, same_file_system=force, on_progress=on_progress)
+    for path in paths:
+        # A stripe is as long as the store, and most of it takes no room.
+        typer.echo(f"{path}: {_gigabytes(path.stat().st_blocks * 512)}")
+    setting = json.dumps([str(path) for path in paths])
+    typer.echo(
+        f"To read from them, set engine.tiers.stripes to {setting} in the configuration file, or\n"
+        f"export LOCALMOE_ENGINE__TIERS__STRIPES={shlex.quote(setting)}"
+    )
+
+
 @app.command(epilog="Example: localmoe models verify smollm2-8x135m")
 def verify(name: ModelName) -> None:
     """Check every checksum of a model's stores and the headers of its checkpoint."""
@@ -127,7 +155,11 @@ def estimate(
     ] = "nvfp4",
     ram_bytes: Annotated[
         float | None,
-        typer.Option(min=1, help="RAM to use, as 16e9; by default the server's setting, or what is available."),
+        typer.Option(
+            min=1,
+            max=1e18,
+            help="RAM to use, as 16e9; by default the server's setting, or what is available.",
+        ),
     ] = None,
     context_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest sequence; by default the server's setting, or the model's.")
@@ -164,13 +196,17 @@ def rm(
     name: ModelName,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a model with its stores and, where it has one, its checkpoint."""
+    """Delete a model with its stores, their stripes and, where it has one, its checkpoint."""
     catalog = _catalog()
-    path = catalog.path(name)
+    path, stripes = catalog.path(name), catalog.stripes(name)
+    doomed = " and ".join([f"{path} and everything in it", *map(str, stripes)])
     if not yes:
-        typer.confirm(f"Delete {path} and everything in it?", abort=True)
+        typer.confirm(f"Delete {doomed}?", abort=True)
+    missing = [file for file in stripes if not file.exists()]
     catalog.remove(name)
     typer.echo(f"{path} is deleted.")
+    for file in missing:
+        typer.echo(f"{file} was not there to be deleted; its disk may not be mounted.")
 
 
 def _print_estimate(report: "Estimate") -> None:

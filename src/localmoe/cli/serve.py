@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import os
 import signal
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from localmoe.backends.base import Backend
 
+_PORT_ERRORS = {errno.EADDRINUSE, errno.EACCES}
 _DRAIN_S = 5
 """How long open answers may go on after a signal to stop."""
 
@@ -88,10 +90,12 @@ def serve(
 
 def _with_flags(settings: Settings, flags: dict[str, str]) -> Settings:
     """Settings with the engine's that the command line says. Raises ConfigError."""
-    try:
-        engine = replace(settings.engine, **flags)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise ConfigError(f"--{error}") from error
+    engine = settings.engine
+    for name, value in flags.items():
+        try:
+            engine = replace(engine, **{name: value})  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ConfigError(f"--{name.replace('_', '-')}: {error}") from error
     return settings.model_copy(update={"engine": engine})
 
 
@@ -113,10 +117,11 @@ def _bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         listener.close()
-        reason = error.strerror or str(error)
-        raise ConfigError(f"cannot listen on {host} port {port}: {reason}; choose another --port") from error
+        reason = getattr(error, "strerror", None) or str(error)
+        flag = "--port" if getattr(error, "errno", None) in _PORT_ERRORS else "--host"
+        raise ConfigError(f"cannot listen on {host} port {port}: {reason}; choose another {flag}") from error
     with contextlib.suppress(ValueError):
         if not ipaddress.ip_address(host).is_loopback:
             _say(f"warning: everyone who can reach {host} can use this server; it asks for no key")

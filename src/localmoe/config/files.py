@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import yaml
 
 _MAX_BYTES = 1 << 20
+_MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is larger than {_MAX_BYTES} bytes, the most for a configuration file")
     try:
         text = data.decode()
-        values = _parse_json(text, path) if path.suffix == ".json" else _parse_yaml(text, path)
+        values = parse_json(text, str(path)) if path.suffix == ".json" else _parse_yaml(text, path)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except RecursionError as error:
@@ -42,19 +43,32 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def _parse_json(text: str, path: Path) -> Any:
+def parse_json(text: str, where: str) -> Any:
+    """JSON's value.
+
+    Args:
+        where: it is from, for messages.
+
+    Raises:
+        ConfigError: it is none, names a key twice, or is nested too deeply.
+    """
+
     def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for key, value in pairs:
             if key in values:
-                raise ConfigError(f"{path}: {key!r} is set twice in one block")
+                raise ConfigError(f"{where}: {key!r} is set twice in one block")
             values[key] = value
         return values
 
     try:
         return json.loads(text, object_pairs_hook=mapping)
+    except RecursionError as error:
+        raise ConfigError(f"{where} is nested too deeply") from error
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
+        raise ConfigError(f"{where} is not JSON: {error}") from error
+    except ValueError as error:  # of int(), about Python's own bound
+        raise ConfigError(f"{where} has an integer of too many digits") from error
 
 
 def _parse_yaml(text: str, path: Path) -> Any:
@@ -66,7 +80,7 @@ def _parse_yaml(text: str, path: Path) -> Any:
             node = loader.get_single_node()
             if node is None:
                 return None
-            _refuse_duplicates(node, path)
+            _refuse_keys(node, path)
             return loader.construct_document(node)
         finally:
             loader.dispose()
@@ -74,8 +88,10 @@ def _parse_yaml(text: str, path: Path) -> Any:
         raise ConfigError(f"{path} is not YAML: {error}") from error
 
 
-def _refuse_duplicates(root: "yaml.Node", path: Path) -> None:
-    """PyYAML would take the last of them. Nodes that aliases share are looked at once."""
+def _refuse_keys(root: "yaml.Node", path: Path) -> None:
+    """Refuse keys that are set twice, of which PyYAML would take the last; keys that are blocks; and merge keys
+    (`<<`), which PyYAML writes out, however often they name each other. Nodes that aliases share are looked at once.
+    """
     import yaml
 
     nodes, seen = [root], {id(root)}
@@ -85,10 +101,14 @@ def _refuse_duplicates(root: "yaml.Node", path: Path) -> None:
         if isinstance(node, yaml.MappingNode):
             keys = set()
             for key, value in node.value:
-                if (key.tag, str(key.value)) in keys:
-                    line = key.start_mark.line + 1
+                line = key.start_mark.line + 1
+                if not isinstance(key, yaml.ScalarNode):
+                    raise ConfigError(f"{path}: a name must be plain text, not a block as in line {line}")
+                if key.tag == _MERGE_TAG:
+                    raise ConfigError(f"{path}: merge keys (`<<`) are not supported; there is one in line {line}")
+                if (key.tag, key.value) in keys:
                     raise ConfigError(f"{path}: {key.value!r} is set twice in one block, again in line {line}")
-                keys.add((key.tag, str(key.value)))
+                keys.add((key.tag, key.value))
                 children.append(value)
         elif isinstance(node, yaml.SequenceNode):
             children = node.value

@@ -3,48 +3,36 @@
 A setting's value is the first of: what the command line says, its environment variable, the configuration file, the
 profile, its default. The environment variable is the name in capitals after `LOCALMOE_`; a component's settings have
 two underscores between its name and theirs, as in `LOCALMOE_ENGINE__KV_CACHE_BYTES`. A variable that is set to
-nothing counts as not set. The file, YAML or JSON, has the same names in nested blocks.
+nothing counts as not set; lists and whole blocks are in JSON. The file, YAML or JSON, has the same names in nested
+blocks.
 """
 
-import difflib
 import logging
-import reprlib
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
-from pydantic_settings import (
-    BaseSettings,
-    EnvSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
 
+from localmoe.config.environment import read_environment
 from localmoe.config.files import read_config_file
 from localmoe.config.profiles import PROFILES, Profile
-from localmoe.config.seed_keys import RETIRED_KEYS, TUNING_BLOCKS, take_tuning_blocks
+from localmoe.config.schema import Schema, block_schema, checked, shown
+from localmoe.config.seed_keys import TUNING_BLOCKS, take_tuning_blocks
 from localmoe.core.errors import ConfigError
 from localmoe.engine.config import EngineConfig
 from localmoe.gateway.config import GatewayConfig
 
 logger = logging.getLogger(__name__)
 
-ENV_PREFIX = "LOCALMOE_"
 
-_Schema = dict[str, "_Schema | None"]
-"""Names that a block may have, each with its own block's where it is one."""
-
-
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """Made by `load_settings`, which turns a bad value into a `ConfigError`."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, env_nested_delimiter="__", env_ignore_empty=True, frozen=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     config: Path | None = None
     """File of settings."""
@@ -63,17 +51,6 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, home: Path) -> Path:
         return home.expanduser().absolute()
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)  # `load_settings` has put all of them together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,25 +73,18 @@ def load_settings(
         on_note: told what became of keys in the file that are not settings any more.
 
     Raises:
-        ConfigError: a value is not allowed, or a key of the file not known; the message has a line for each.
+        ConfigError: a value is not allowed, or a name not known; the message has a line for each.
     """
-    try:
-        environment = EnvSettingsSource(Settings)()
-    except SettingsError as error:
-        raise ConfigError(f"{error}; a component's variable without a setting's name takes JSON") from error
+    variables = read_environment(os.environ, _schema())
     flags = {name: value for name, value in (("config", config), ("profile", profile)) if value is not None}
-    layers = [
-        _Layer(values=flags, origin=lambda path: f"--{path[0]}"),
-        _Layer(
-            values=environment, origin=lambda path: f"environment variable {ENV_PREFIX}{'__'.join(path).upper()}"
-        ),
-    ]
-    file = config or environment.get("config")
+    layers = [_Layer(values=flags, origin=lambda path: f"--{path[0]}")]
+    layers += [_Layer(values=values, origin=_always(f"environment variable {name}")) for name, values in variables]
+    file = next((layer.values["config"] for layer in layers if "config" in layer.values), None)
     if file is not None:
         layers += _file_layers(Path(file).expanduser(), on_note)
     name = next((layer.values["profile"] for layer in layers if "profile" in layer.values), Profile.AUTO)
     if name in list(Profile):  # otherwise said below
-        layers.append(_Layer(values=PROFILES[Profile(name)], origin=lambda path: f"profile {name}"))
+        layers.append(_Layer(values=PROFILES[Profile(name)], origin=_always(f"profile {name}")))
     values: dict[str, Any] = {}
     for layer in reversed(layers):
         values = _merged(values, layer.values)
@@ -130,8 +100,11 @@ def _file_layers(path: Path, on_note: Callable[[str], None]) -> list[_Layer]:
     schema = _schema()
     del schema["config"]
     problems: list[str] = []
-    blocks: _Schema = {block: dict.fromkeys(keys) for block, keys in TUNING_BLOCKS.items()}
-    values = _checked(values, schema | blocks, problems)
+    blocks: Schema = {block: dict.fromkeys(keys) for block, keys in TUNING_BLOCKS.items()}
+    if "config" in values:
+        problems.append("'config' cannot be set in a file; name a file with --config or LOCALMOE_CONFIG")
+        del values["config"]
+    values = checked(values, schema | blocks, schema, problems)
     if problems:
         raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
     try:
@@ -142,61 +115,18 @@ def _file_layers(path: Path, on_note: Callable[[str], None]) -> list[_Layer]:
         on_note(f"{path}: {note}")
     own = {name: value for name, value in values.items() if name not in TUNING_BLOCKS}
     return [
-        _Layer(values=own, origin=lambda _: f"file {path}"),
-        _Layer(values=translated, origin=lambda _: f"a tuning block of file {path}"),
+        _Layer(values=own, origin=_always(f"file {path}")),
+        _Layer(values=translated, origin=_always(f"a tuning block of file {path}")),
     ]
 
 
-def _schema() -> _Schema:
+def _always(origin: str) -> Callable[[Sequence[str]], str]:
+    return lambda _: origin
+
+
+def _schema() -> Schema:
     """The names of all settings."""
-    return {name: _block(field.annotation) for name, field in Settings.model_fields.items()}
-
-
-def _block(kind: Any) -> _Schema | None:
-    """The names of a component's settings; None for what is no component."""
-    if not (isinstance(kind, type) and is_dataclass(kind)):
-        return None
-    return {field.name: _block(field.type) for field in fields(kind)}
-
-
-def _checked(values: Mapping[str, Any], schema: _Schema, problems: list[str], *prefix: str) -> dict[str, Any]:
-    """Values without the blocks that are empty; a problem for each key that is not in the schema."""
-    checked: dict[str, Any] = {}
-    for key, value in values.items():
-        path = (*prefix, str(key))
-        if key not in schema:
-            problems.append(_unknown(path, schema))
-            continue
-        inner = schema[key]
-        if inner is None:
-            checked[key] = value
-        elif isinstance(value, Mapping):
-            checked[key] = _checked(value, inner, problems, *path)
-        elif value is not None:
-            problems.append(f"{'.'.join(path)!r} is {reprlib.repr(value)}; it must be a block of settings")
-    return checked
-
-
-def _unknown(path: Sequence[str], schema: _Schema) -> str:
-    *prefix, key = path
-    name = ".".join(path)
-    if key in RETIRED_KEYS:
-        return f"{name!r} is not a setting any more: {RETIRED_KEYS[key]}"
-    # In the same block first, then anywhere.
-    names = {".".join((*prefix, known)): known for known in schema} | _leaves(_schema())
-    near = difflib.get_close_matches(key, names.values(), n=1)
-    if near:
-        found = next(full for full, known in names.items() if known == near[0])
-        return f"{name!r} is not a setting; did you mean {found!r}?"
-    return f"{name!r} is not a setting; those of its block are {', '.join(schema)}"
-
-
-def _leaves(schema: _Schema, *prefix: str) -> dict[str, str]:
-    """Full name to last part, of all settings."""
-    leaves: dict[str, str] = {}
-    for name, inner in schema.items():
-        leaves |= {".".join((*prefix, name)): name} if inner is None else _leaves(inner, *prefix, name)
-    return leaves
+    return {name: block_schema(field.annotation) for name, field in Settings.model_fields.items()}
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,7 +145,8 @@ def _problem(detail: ErrorDetails, layers: Sequence[_Layer]) -> str:
         message = str(detail.get("ctx", {}).get("error", detail["msg"]))
         path.append(message.partition(" ")[0])
     else:
-        message = f"it is {reprlib.repr(detail['input'])}: {detail['msg'].lower()}"
+        said = "it must be a list" if detail["type"] == "tuple_type" else detail["msg"].lower()
+        message = f"it is {shown(detail['input'])}: {said}"
     origin = next((layer.origin(path) for layer in layers if _has(layer.values, path)), None)
     return f"setting {'.'.join(path)!r}" + (f" ({origin}): " if origin else ": ") + message
 

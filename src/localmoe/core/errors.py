@@ -93,6 +93,10 @@ class ChecksumError(StoreError):
     """Bytes in a store do not have the checksum that the header promises."""
 
 
+class StripeError(StoreError):
+    """A stripe is missing, or not of the store that it is to be read with."""
+
+
 class TraceError(LocalMoEError):
     """A routing trace is missing, damaged or not one. The message begins with its path and, within it, the line."""
 

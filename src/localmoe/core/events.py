@@ -68,7 +68,7 @@ class TierState(msgspec.Struct, frozen=True, kw_only=True):
     device_slot_bytes: int = 0
     """Device memory that one takes."""
     num_on_device: int = 0
-    """Experts whose place is there now; they are not counted as present in RAM, unless RAM holds all."""
+    """Experts whose place is there now; they are not counted as present in RAM."""
     device_hits: int = 0
     """Uses of an expert that found it there; neither hits nor misses."""
     device_fetches: int = 0
@@ -100,7 +100,8 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     num_accepted_tokens: int
     """Those of them that proved right."""
     num_layer_runs: int = 0
-    """Layers run since start: those of the model, for each step."""
+    """Layers run since start: those of the model, for each step; 0 where they are not timed, as on a GPU that has
+    all experts, which the host waits for once a step."""
     layers_s: float = 0.0
     """Time that this took, waiting for experts included."""
     tiers: TierState | None = None

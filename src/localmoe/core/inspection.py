@@ -67,7 +67,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     """None where all experts are in memory."""
     links: list[LinkUse]
     layer_times: list[LayerTimes]
-    """Only phases that there have been."""
+    """Only phases that there have been; none where a GPU has all experts: the host waits for it once a step."""
     heat: list[list[int]]
     """[layers][experts]: tokens that chose the expert so far."""
     placement: list[list[str]]

@@ -11,6 +11,7 @@ from localmoe.engine.config import EngineConfig, num_weights
 from localmoe.engine.layer_stream import NUM_BUFFERS, streamed_entries
 from localmoe.formats.store_layout import DenseEntry
 from localmoe.kernels.base import Kernels
+from localmoe.kernels.triton.sizes import parts_bytes
 from localmoe.tiers.host import stride_bytes
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,8 @@ _FEWEST_SLOTS = 2
 """One to compute with while the other is filled."""
 _VRAM_RESERVE_BYTES = 512 << 20
 """Left alone of a GPU's free memory: for machine code, and for what torch's allocator cannot use."""
+SCORED_ROWS = 64
+"""Positions of a prompt whose logits are held at a time, where they are asked for."""
 _DRAW_BYTES = 56
 """Of a logit while tokens are drawn on a GPU: itself, as a probability, sorted, and summed up in float64 twice."""
 
@@ -88,7 +91,15 @@ def settle_config(store: StoreSizes, kernels: Kernels, config: EngineConfig, ava
     left_bytes = _budget_bytes(config, available_bytes)
     left_bytes -= workspace_bytes(store.shape, config.max_num_batched_tokens, config.max_num_seqs)
     stored_bytes = kernels.memory_bytes(store.total_bytes, num_weights(store.shape))
-    return _settle(store, config, left_bytes, stored_bytes)
+    try:
+        return _settle(store, config, left_bytes, stored_bytes)
+    except EngineStartError as error:
+        reserve, ram = _mib(config.tiers.reserve_bytes), config.tiers.ram_bytes
+        raise EngineStartError(
+            f"{error} (of {_mib(available_bytes)} that are available here, "
+            f"{'all' if ram is None else f'{_mib(ram)} by ram_bytes'} may be used, less reserve_bytes, {reserve}; "
+            f"weights that every token uses take {_mib(_dense_bytes(store))})"
+        ) from error
 
 
 def settle_device_config(store: StoreSizes, config: EngineConfig, free_bytes: int) -> EngineConfig:
@@ -143,7 +154,7 @@ def plan_memory(store: StoreSizes, kernels: Kernels, config: EngineConfig, avail
     num_slots: int | None = None
     streamed: tuple[int, ...] = ()
     if kernels.memory_bytes(store.total_bytes, num_weights(shape)) > left_bytes:
-        fewest = min(max(shape.top_k, _FEWEST_SLOTS), num_experts)
+        fewest = fewest_slots(shape)
         if kernels.in_place:
             streamed = _streamed_layers(store, dense_bytes - (left_bytes - fewest * slot_bytes))
         if streamed:
@@ -177,17 +188,18 @@ def plan_device_memory(store: StoreSizes, config: EngineConfig, free_bytes: int)
         free_bytes: of the GPU's memory, before anything is loaded.
 
     Raises:
-        EngineStartError: what every token needs does not fit.
+        EngineStartError: what every token needs does not fit, or not even one expert beside it.
     """
     assert config.kv_cache_bytes is not None, "resolved"
     budget_bytes, dense_bytes = _vram_budget_bytes(config, free_bytes), _dense_bytes(store)
     workspace = device_workspace_bytes(store.shape, config)
     left_bytes = budget_bytes - config.kv_cache_bytes - workspace - dense_bytes
-    if left_bytes < 0:
+    if left_bytes < store.blob_bytes:
         raise EngineStartError(
             f"not enough memory on the GPU: {_mib(budget_bytes)} are to be used; keys and values take "
-            f"{_mib(config.kv_cache_bytes)}, workspace {_mib(workspace)}, dense weights {_mib(dense_bytes)}; lower "
-            f"max_context_tokens, kv_cache_bytes, max_num_seqs or max_num_batched_tokens, or set device to cpu"
+            f"{_mib(config.kv_cache_bytes)}, workspace {_mib(workspace)}, dense weights {_mib(dense_bytes)}, and "
+            f"an expert {_mib(store.blob_bytes)}; lower max_context_tokens, kv_cache_bytes, max_num_seqs or "
+            f"max_num_batched_tokens, or set device to cpu"
         )
     plan = MemoryPlan(
         budget_bytes=budget_bytes,
@@ -202,8 +214,9 @@ def plan_device_memory(store: StoreSizes, config: EngineConfig, free_bytes: int)
     return plan
 
 
-def plan_host_slots(store: StoreSizes, kernels: Kernels, config: EngineConfig, available_bytes: int) -> int | None:
-    """Experts that RAM holds beside a GPU; None: all of them, where the store is mapped.
+def plan_host_slots(store: StoreSizes, kernels: Kernels, config: EngineConfig, available_bytes: int) -> int:
+    """Experts that RAM holds beside a GPU. They are read, not mapped, since it is from
+    locked memory that copies run beside everything else.
 
     Args:
         kernels: of the CPU.
@@ -215,8 +228,6 @@ def plan_host_slots(store: StoreSizes, kernels: Kernels, config: EngineConfig, a
     shape = store.shape
     left_bytes = _budget_bytes(config, available_bytes)
     left_bytes -= workspace_bytes(shape, config.max_num_batched_tokens, config.max_num_seqs)
-    if kernels.memory_bytes(store.total_bytes, num_weights(shape)) <= left_bytes:
-        return None
     num_experts = shape.num_layers * shape.num_experts
     slot_bytes = max(stride_bytes(store.blob_bytes), kernels.memory_bytes(0, num_weights(shape) // num_experts))
     if left_bytes < _FEWEST_SLOTS * slot_bytes:
@@ -227,6 +238,11 @@ def plan_host_slots(store: StoreSizes, kernels: Kernels, config: EngineConfig, a
     num_slots = min(left_bytes // slot_bytes, num_experts)
     logger.info("%d of %d experts in RAM", num_slots, num_experts)
     return num_slots
+
+
+def fewest_slots(shape: ModelShape) -> int:
+    """Slots that a token's experts of a layer take, and at least those that let reading and computing overlap."""
+    return min(max(shape.top_k, _FEWEST_SLOTS), shape.num_layers * shape.num_experts)
 
 
 def _streamed_layers(store: StoreSizes, excess_bytes: int) -> tuple[int, ...]:
@@ -252,14 +268,19 @@ def workspace_bytes(shape: ModelShape, num_tokens: int, num_seqs: int) -> int:
     projected = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     # Inputs in int8 and float32; of each chosen expert inputs, hidden and outputs; queries, keys, values, attended.
     per_token = 4 * (4 * D + K * (D // 2 + 2 * F + D) + projected) + 4 * shape.num_experts
-    return num_tokens * per_token + 2 * 4 * num_seqs * shape.vocab_size
+    # Each sequence's logits twice, since scores are of those before penalties; a prompt's, and a row being scored.
+    num_logits = 2 * num_seqs + min(SCORED_ROWS, num_tokens) + 1
+    return num_tokens * per_token + 4 * num_logits * shape.vocab_size
 
 
 def device_workspace_bytes(shape: ModelShape, config: EngineConfig) -> int:
-    """What the largest step computes in on a GPU: there, draws and the scores of a prompt's tokens take memory."""
+    """What the largest step computes in on a GPU, and the largest decode step once more, since captured graphs have
+    memory of their own. There, draws take memory, and so does attention in parts."""
     num_tokens, num_seqs = config.max_num_batched_tokens, config.max_num_seqs
-    num_logits = (_DRAW_BYTES * num_seqs + 4 * num_tokens) * shape.vocab_size
-    return workspace_bytes(shape, num_tokens, num_seqs) + num_logits
+    context_tokens = min(config.max_context_tokens or shape.max_context_tokens, shape.max_context_tokens)
+    step_bytes = workspace_bytes(shape, num_tokens, num_seqs) + _DRAW_BYTES * num_seqs * shape.vocab_size
+    graph_bytes = workspace_bytes(shape, num_seqs, 0)
+    return step_bytes + graph_bytes + sum(parts_bytes(shape, n, context_tokens) for n in (num_tokens, num_seqs))
 
 
 def _mib(num_bytes: int) -> str:

@@ -156,7 +156,9 @@ class EngineClient:
             async with asyncio.timeout(self._config.hang_timeout_s):
                 return await asyncio.shield(self._inspection)
         except TimeoutError as error:
-            raise BackendUnavailableError("the engine is busy with a long step; try again later") from error
+            raise BackendUnavailableError(
+                "the engine does not answer, as in a long step; try again later"
+            ) from error
 
     async def _spawn(self, address: str) -> None:
         self._socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
@@ -231,7 +233,9 @@ class EngineClient:
             await asyncio.sleep(limit_s / 10)
             silent_s = time.monotonic() - self._last_heard_s
             if self.is_ready and self._streams and silent_s > limit_s:
-                logger.error("the engine finished no step for %.0f s; killing it", silent_s)
+                reason = f"the engine finished no step for {silent_s:.0f} s"
+                logger.error("%s; killing it", reason)
+                self._end(f"{reason} and was killed")
                 _kill(process)
 
     def _end(self, reason: str) -> None:

@@ -6,7 +6,10 @@ from typing import Literal
 
 from localmoe.core.errors import EngineStartError
 from localmoe.core.model import ModelShape, WeightFormat
-from localmoe.tiers.config import TiersConfig
+from localmoe.tiers.config import MAX_TIME_S, TiersConfig
+
+MAX_THREADS = 1024
+"""Most compute threads."""
 
 _TYPICAL_TOKENS_PER_SEQUENCE = 2048
 """What an automatic cache sets aside for each sequence that may run at once."""
@@ -69,6 +72,12 @@ class EngineConfig:
                 continue
             if not value > 0:
                 raise ValueError(f"{name} is {value}; it must be positive")
+        if self.num_threads is not None and self.num_threads > MAX_THREADS:
+            raise ValueError(f"num_threads is {self.num_threads}; it must be from 1 to {MAX_THREADS}")
+        if self.hang_timeout_s > MAX_TIME_S:
+            raise ValueError(f"hang_timeout_s is {self.hang_timeout_s}; it must be at most {MAX_TIME_S}")
+        if self.routing_trace is not None and not _is_utf8(self.routing_trace):
+            raise ValueError(f"routing_trace is {self.routing_trace!r}; it must be UTF-8")
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device, re.ASCII):
             raise ValueError(f"device is {self.device!r}; it must be auto, cpu, cuda, or cuda:0 and so on")
         if not 0 <= self.expert_threshold <= 1:
@@ -97,8 +106,12 @@ class EngineConfig:
         cache_bytes = self.kv_cache_bytes
         if cache_bytes is None:
             if free_bytes < least_bytes:
+                if free_bytes <= 0:
+                    raise EngineStartError(
+                        f"not enough memory: {-free_bytes} bytes are missing for the weights alone"
+                    )
                 raise EngineStartError(
-                    f"not enough memory: {max(free_bytes, 0)} bytes would be free beside the weights, but one "
+                    f"not enough memory: {free_bytes} bytes would be free beside the weights, but one "
                     f"sequence of {context_tokens} tokens needs {least_bytes}; lower max_context_tokens"
                 )
             useful_bytes = self.max_num_seqs * _TYPICAL_TOKENS_PER_SEQUENCE // self.block_tokens * block_bytes
@@ -109,6 +122,15 @@ class EngineConfig:
                 f"{context_tokens} tokens needs {least_bytes}; raise it, or lower max_context_tokens"
             )
         return replace(self, max_context_tokens=context_tokens, kv_cache_bytes=cache_bytes, kv_cache_dtype=dtype)
+
+
+def _is_utf8(text: str) -> bool:
+    """False of a path whose bytes are not, as the command line gives it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def kv_bytes_per_token(shape: ModelShape, dtype: str) -> int:

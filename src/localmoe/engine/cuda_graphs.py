@@ -3,11 +3,12 @@
 A graph runs the same kernels on the same memory, so a step is put into buffers of a size with room for it: a number
 of sequences and a number of cache blocks of the longest, each the next power of two. `StaticStep` says what becomes
 of the rest. A size is captured when it is first needed, after every kernel has run once, so that Triton has compiled
-it. Steps with more than one token of a sequence run as they are.
+it. Steps with more than one token of a sequence run as they are, and so do those that there is no memory to capture.
 
 Results are the same bits as without graphs: rows and pieces of the context that are not there change nothing.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,9 +19,11 @@ from localmoe.core.protocols import ExpertExecutor, Routed
 from localmoe.engine.kv_cache import KVCache
 from localmoe.engine.watch import Watch
 from localmoe.kernels.base import PagedStep
-from localmoe.kernels.triton.attention import PIECE_TOKENS
+from localmoe.kernels.triton.sizes import PIECE_TOKENS
 from localmoe.kernels.triton.static_step import StaticStep
 from localmoe.models.decoder import Decoder
+
+logger = logging.getLogger(__name__)
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Takes what launches kernels; gives what launches them again."""
@@ -57,7 +60,8 @@ class DecodeGraphs:
         self._watch = watch
         self._capture = capture
         self._max_num_seqs = max_num_seqs
-        self._graphs: dict[tuple[int, int], tuple[_DecodeStep, Callable[[], None]]] = {}
+        self._graphs: dict[tuple[int, int], tuple[_DecodeStep, Callable[[], None]] | None] = {}
+        """By size; None: there was no memory to capture it."""
 
     def __call__(self, token_ids_T: Tensor, step: PagedStep) -> Tensor:
         """Last layer's output [T, D] float32, valid until the next call."""
@@ -66,15 +70,32 @@ class DecodeGraphs:
             return self._decoder.forward(token_ids_T, self._cache, step)
         num_rows = min(_power_of_2(num_seqs), self._max_num_seqs)
         num_blocks = max(_power_of_2(table_blocks), PIECE_TOKENS // self._cache.block_tokens)
-        known = self._graphs.get((num_rows, num_blocks))
-        static = known[0] if known else _DecodeStep(self._decoder, self._cache, self._watch, num_rows, num_blocks)
+        size = num_rows, num_blocks
+        if size not in self._graphs:
+            self._graphs[size] = self._captured(token_ids_T, step, *size)
+        captured = self._graphs[size]
+        if captured is None:
+            return self._decoder.forward(token_ids_T, self._cache, step)
+        static, replay = captured
         static.step.fill(token_ids_T.numpy(), step)
-        if known is None:
-            static.launch()  # what is compiled or allocated at first use cannot be while a graph is captured
-            known = self._graphs[num_rows, num_blocks] = static, self._capture(static.launch)
-        known[1]()
+        replay()
         self._watch.replayed(static.ids_LSK[:, :num_seqs].clone())
         return static.hidden_SD[:num_seqs]
+
+    def _captured(
+        self, token_ids_T: Tensor, step: PagedStep, num_rows: int, num_blocks: int
+    ) -> "tuple[_DecodeStep, Callable[[], None]] | None":
+        """A size, captured with the first step of it; None: memory does not suffice."""
+        try:
+            static = _DecodeStep(self._decoder, self._cache, self._watch, num_rows, num_blocks)
+            static.step.fill(token_ids_T.numpy(), step)
+            static.launch()  # what is compiled or allocated at first use cannot be while a graph is captured
+            return static, self._capture(static.launch)
+        except torch.OutOfMemoryError as error:
+            logger.warning(
+                "decode steps of %d sequences and %d blocks run without a graph: %s", num_rows, num_blocks, error
+            )
+            return None
 
 
 class _DecodeStep:

@@ -1,8 +1,9 @@
 """Experts on the device: who moves there and back, and how those that are only fetched pass through.
 
 An expert moves in when its copy has ended, and is in RAM until then, so that a copy under way never holds anything
-up. Whoever leaves the device is dropped, or copied into RAM if somebody there is worth less. Experts that are fetched
-to be computed once are lent by RAM; they land in slots that are nobody's home, and nothing changes but the time.
+up. Whoever leaves the device is copied into RAM if there is room or somebody there is worth less, else dropped.
+Experts that are fetched to be computed once are lent by RAM; they land in slots that are nobody's home, and nothing
+changes but the time.
 
 A failure leaves everybody at home where they were: slots and loans are given back, or given up when the copies under
 way have ended.
@@ -44,7 +45,11 @@ class HostExperts(Protocol):
 
     def begin_step(self, is_prompt_T: Sequence[bool]) -> None: ...
 
-    def state(self) -> TierState | None: ...
+    def fill(self, elsewhere_LE: NDArray[np.bool_]) -> None:
+        """Read experts into free slots, the same number of every layer, but not those that are elsewhere."""
+        ...
+
+    def state(self) -> TierState: ...
 
     def __call__(self, routed: Routed[Tensor], x_TD: Tensor) -> None: ...
 
@@ -52,8 +57,12 @@ class HostExperts(Protocol):
         """Whether each expert [layers, experts] is in RAM now."""
         ...
 
-    def lend(self, expert: ExpertId) -> Tensor | None:
-        """The blob of one in RAM, uint8, which stays as it is until `return_loan` or `give_up`; None: not now."""
+    def lend(self, expert: ExpertId, *, is_used: bool) -> Tensor | None:
+        """The blob of one in RAM, uint8, which stays as it is until `return_loan` or `give_up`; None: not now.
+
+        Args:
+            is_used: the layer at hand uses it.
+        """
         ...
 
     def return_loan(self, expert: ExpertId) -> None:
@@ -140,26 +149,45 @@ class DeviceExperts:
         """Experts on their way into RAM."""
 
     def fill(self) -> None:
-        """Let experts that are in RAM move in, the same number of every layer, until the device is full."""
-        present_LE = self._host.present()
-        for expert, layer in np.argwhere(present_LE.T).tolist():
-            if len(self._arriving) >= self.residency.num_vacant:
-                break
-            self.bring(ExpertId(layer, expert))
-        self.drain()
+        """Read experts into RAM, and let them move in, the same number of every layer, until both are full.
+
+        Raises:
+            StoreError: one is damaged or cannot be read.
+            DeviceError: the device has failed.
+        """
+        num_home = -1
+        while num_home < self.residency.num_home:
+            num_home = self.residency.num_home
+            self._host.fill(self.residency.present())
+            for expert, layer in np.argwhere(self._host.present().T).tolist():
+                if len(self._arriving) >= self.residency.num_vacant:
+                    break
+                self.bring(ExpertId(layer, expert))
+            self.drain()
 
     @property
     def can_bring(self) -> bool:
         """Whether there is a slot to land in, some being kept for what is fetched."""
         return self.residency.num_free > self.residency.num_landing // 2
 
-    def bring(self, expert: ExpertId) -> None:
-        """Begin to copy an expert that is to stay, if it is in RAM. Raises DeviceError."""
-        if expert in self._arriving or not self.can_bring:
-            return
-        blob = self._host.lend(expert)
+    def wanted(self) -> list[ExpertId]:
+        """Those of RAM that are worth a home here and not on the way, the one worth most first."""
+        in_ram_LE = self._host.present().copy()
+        for arriving in self._arriving:
+            in_ram_LE[arriving.layer, arriving.expert] = False
+        return self.residency.wanted(in_ram_LE)
+
+    def bring(self, expert: ExpertId) -> bool:
+        """Begin to copy an expert that is to stay, if it is in RAM only. Returns whether a copy has begun.
+
+        Raises:
+            DeviceError: the device refuses.
+        """
+        if expert in self._arriving or self.residency.has(expert) or not self.can_bring:
+            return False
+        blob = self._host.lend(expert, is_used=False)
         if blob is None:
-            return
+            return False
         slot = self.residency.take_landing()
         try:
             self._arriving[expert] = self._copy_in(expert, blob, slot), slot
@@ -167,6 +195,7 @@ class DeviceExperts:
             self.residency.free(slot)
             self._host.return_loan(expert)
             raise
+        return True
 
     def settle(self, layer: int = -1, used: Sequence[int] = ()) -> None:
         """Take into account what has been copied, and wait for what is used of this layer and on its way into RAM.
@@ -208,7 +237,8 @@ class DeviceExperts:
             return []
         blobs = []
         for expert in experts:
-            blob = None if ExpertId(layer, expert) in self._arriving else self._host.lend(ExpertId(layer, expert))
+            expert_id = ExpertId(layer, expert)
+            blob = None if expert_id in self._arriving else self._host.lend(expert_id, is_used=True)
             if blob is not None:
                 blobs.append((expert, blob))
         return blobs
@@ -271,12 +301,14 @@ class DeviceExperts:
     def _compute_landed(self, experts: SlotExperts, group: Sequence[_Landed]) -> None:
         if not group:
             return
-        for landed in group:
-            self.arena.wait(landed.copy)
-            experts.place(landed.expert, landed.slot)
-        experts.compute([landed.expert for landed in group])
-        for landed in group:
-            experts.remove(landed.expert)
+        try:
+            for landed in group:
+                self.arena.wait(landed.copy)
+                experts.place(landed.expert, landed.slot)
+            experts.compute([landed.expert for landed in group])
+        finally:
+            for landed in group:
+                experts.remove(landed.expert)
 
     def _free(self, group: Sequence[_Landed]) -> None:
         for landed in group:

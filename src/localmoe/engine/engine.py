@@ -2,11 +2,12 @@
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from localmoe.core.errors import InvalidRequestError
+from localmoe.core.errors import InvalidRequestError, LocalMoEError
 from localmoe.core.events import EngineState
 from localmoe.core.inspection import Inspection
 from localmoe.core.request import Request, RequestFailed, TokenChunk
@@ -32,10 +33,17 @@ class Engine:
         kernels: draw tokens.
         config: resolved, that is with a `kv_cache_bytes` and a `kv_cache_dtype`.
         insight: into the decoder's experts.
+        relieve: told how much memory is left; gives some back if that is too little.
     """
 
     def __init__(
-        self, model: str, decoder: Decoder, kernels: Kernels, config: EngineConfig, insight: Insight
+        self,
+        model: str,
+        decoder: Decoder,
+        kernels: Kernels,
+        config: EngineConfig,
+        insight: Insight,
+        relieve: Callable[[int], None],
     ) -> None:
         assert config.kv_cache_bytes is not None, "resolved against the model's shape"
         self._model = model
@@ -52,6 +60,7 @@ class Engine:
         self._speculation = SpeculationController()
         self._scheduler = Scheduler(config, self._pool, self._speculation)
         self._insight = insight
+        self.relieve = relieve
         cache = KVCache(shape, num_blocks, config.block_tokens, dtype, kernels.device)
         forward = forward_with(decoder, cache, insight.experts, max_num_seqs=config.max_num_seqs)
         self._executor = Executor(decoder, cache, kernels, forward)
@@ -97,7 +106,8 @@ class Engine:
             results = self._executor.execute(plan)
         except Exception as error:
             # Whatever went wrong (memory, a damaged weight), it must cost this step's requests only.
-            logger.exception("step of %d tokens failed", plan.num_tokens)
+            is_foreseen = isinstance(error, LocalMoEError)
+            logger.error("step of %d tokens failed: %s", plan.num_tokens, error, exc_info=not is_foreseen)
             self._executor.ensure_device()  # but a GPU that is lost costs the process, which is replaced
             return self._scheduler.fail(plan, f"the engine failed: {error}")
         self._speculation.observe(plan, time.perf_counter() - started_s)

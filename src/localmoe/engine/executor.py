@@ -10,6 +10,7 @@ from torch import Tensor
 from localmoe.core.events import TierState
 from localmoe.core.plans import BatchPlan, SequenceStep, StepResult
 from localmoe.core.request import TokenLogprob
+from localmoe.engine.budget import SCORED_ROWS
 from localmoe.engine.kv_cache import KVCache, place
 from localmoe.engine.sampler import draws_of, sample, score
 from localmoe.engine.speculation import agreed
@@ -115,5 +116,9 @@ class Executor:
         assert num_top is not None, "the plan asked for scores"
         prompt_ids, _ = step.history
         following = prompt_ids[step.start + 1 : step.start + 1 + len(step.token_ids)]
-        logits_TV = self._decoder.logits(hidden_TD[: len(following)])
-        return tuple(score(row, token, num_top) for row, token in zip(logits_TV, following, strict=True))
+        scores: list[TokenLogprob] = []
+        for start in range(0, len(following), SCORED_ROWS):
+            piece = following[start : start + SCORED_ROWS]
+            logits_TV = self._decoder.logits(hidden_TD[start : start + len(piece)])
+            scores += (score(row, token, num_top) for row, token in zip(logits_TV, piece, strict=True))
+        return tuple(scores)

@@ -12,9 +12,8 @@ layer:
                which is copied to the device and added there; then the device's own sum
     move       where the link has had idle time, an expert worth it is copied to the device to stay
 
-One thread does it all; the device, its copies and the host's compute threads run beside each other. An expert moves
-in when its copy has ended, and is in RAM until then, so that a copy under way never holds anything up. Whoever leaves
-the device is dropped, or copied into RAM if somebody there is worth less.
+One thread does it all; the device, its copies and the host's compute threads run beside each other. How experts move
+is described in `device_experts`.
 
 Each token's sum is the host's part, then the device's, each in order of its choices. So results are the same bits
 wherever on the device experts are, and differ by rounding with what the two of them share out: inputs are rounded to
@@ -22,9 +21,8 @@ int8 on the CPU and to bfloat16 on the device (see `kernels.cpu` and `kernels.tr
 """
 
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import msgspec
@@ -85,8 +83,8 @@ class HybridExperts:
         self._layer_ended_s = 0.0
         self._idle_copies = 0.0
         """Copies that the link has had time for and that have not been made."""
-        self._wanted: deque[ExpertId] = deque()
-        """Experts that are to move in, the one worth most first."""
+        self._wanted: dict[ExpertId, None] = {}
+        """Experts that are to move in, the one worth most last."""
 
     @property
     def stall_s(self) -> float:
@@ -104,16 +102,6 @@ class HybridExperts:
     def state(self) -> TierState:
         """Totals as of now."""
         device, state = self._device, self._host.state()
-        if state is None:  # RAM has them all
-            num_experts = self._shape.num_layers * self._shape.num_experts
-            state = msgspec.structs.replace(
-                TierState(**dict.fromkeys(TierState.__struct_fields__, 0)),
-                num_experts=num_experts,
-                num_slots=num_experts,
-                num_present=num_experts,
-                slot_bytes=device.arena.slot_bytes,
-                hits=self._num_others,
-            )
         return msgspec.structs.replace(
             state,
             hits=state.hits + self._num_fetches,
@@ -132,7 +120,7 @@ class HybridExperts:
         self._is_prompt_T = np.array(is_prompt_T, np.bool_)
         self._host.begin_step(is_prompt_T)
         self._device.settle()
-        self._wanted = deque(self._device.residency.wanted(self._host.present()))
+        self._wanted = dict.fromkeys(reversed(self._device.wanted()))
         self._layer_ended_s = time.perf_counter()
 
     def __call__(self, routed: Routed[Tensor], x_TD: Tensor) -> None:
@@ -152,6 +140,9 @@ class HybridExperts:
         home, near, far = self._where(layer, used, tokens_E)
         work = LayerWork(device=tokens_E[home], ram=tokens_E[near], disk=tokens_E[far])
         fetched = device.borrow(layer, near[: self._split.choose(work)].tolist())
+        if len(fetched) > 0:  # some may not be had, and what is observed must be what is done
+            is_fetched = np.isin(near, [expert for expert, _ in fetched])
+            work = replace(work, ram=np.concatenate([work.ram[is_fetched], work.ram[~is_fetched]]))
         started = device.arena.mark()
         copies = device.compute(layer, home=len(home) > 0, fetched=fetched)
         computed = device.arena.mark() if len(home) or fetched else None
@@ -250,12 +241,15 @@ class HybridExperts:
             others: experts that it used and that are not at home on the device.
         """
         if not self._device.residency.is_full:
-            self._wanted.extendleft(reversed(others))
+            for expert in reversed(others):
+                self._wanted.pop(expert, None)
+                self._wanted[expert] = None
         now_s = time.perf_counter()
         elapsed_s, self._layer_ended_s = now_s - self._layer_ended_s, now_s
         copy_s = self._device.moves.copy_s
         idle = max(0.0, _IDLE_SHARE * elapsed_s / copy_s - num_copies) if copy_s > 0 else 1.0
         self._idle_copies = min(self._idle_copies + idle, _MOST_IDLE_COPIES)
         while self._wanted and self._idle_copies >= 1 and self._device.can_bring:
-            self._device.bring(self._wanted.popleft())
-            self._idle_copies -= 1
+            expert, _ = self._wanted.popitem()
+            if self._device.bring(expert):
+                self._idle_copies -= 1

@@ -1,9 +1,9 @@
 """From a store on disk to an engine that can step."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from localmoe.core.protocols import ExpertExecutor
 from localmoe.core.request import Request, RequestFailed, SamplingParams
 from localmoe.engine.budget import (
     MemoryPlan,
+    fewest_slots,
     plan_device_memory,
     plan_memory,
     settle_config,
@@ -21,18 +22,19 @@ from localmoe.engine.config import EngineConfig
 from localmoe.engine.dense import LoadedDense
 from localmoe.engine.engine import Engine
 from localmoe.engine.expert_threshold import with_threshold
-from localmoe.engine.experts import ResidentExperts
-from localmoe.engine.hybrid_experts import HybridExperts
+from localmoe.engine.experts import LocatedExperts, ResidentExperts
 from localmoe.engine.insight import Insight
 from localmoe.engine.layer_stream import LayerStream
-from localmoe.engine.load_experts import load_hybrid, load_policy, load_tiered_experts
+from localmoe.engine.load_experts import load_hybrid, load_policies, load_tiered_experts
 from localmoe.engine.observed_experts import ObservedExperts
+from localmoe.engine.relief import ExpertRelief, nothing_to_give
 from localmoe.engine.tiered_experts import TieredExperts
 from localmoe.formats.store import Store
 from localmoe.kernels.base import DenseWeights, Kernels
 from localmoe.kernels.select import select_device, select_kernels
 from localmoe.models import architecture
 from localmoe.models.decoder import Decoder
+from localmoe.residency.split import Split
 from localmoe.tiers.config import TiersConfig
 from localmoe.tiers.disk import DiskReader
 
@@ -56,28 +58,36 @@ def load_engine(model: str, store_path: Path, config: EngineConfig, available_me
     # What torch still does is small; its threads would only be in the way of the kernels' own.
     torch.set_num_threads(1)
     device = select_device(config.device)
-    if device.type == "cuda":
-        from localmoe.kernels.gpu import GpuKernels
-
-        # Kernels are launched on the process's device, which from here on is this one.
-        torch.cuda.set_device(device)
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        gpu_kernels = GpuKernels(device)
-        return load_device_engine(model, store_path, gpu_kernels, config, free_bytes, available_memory_bytes)
-    kernels = select_kernels(config.cpu_level, num_threads, pin=config.pin_threads)
+    relieve: Callable[[int], None] = nothing_to_give
     with Store.open(store_path) as store:
+        if device.type == "cuda":
+            # Kernels are launched on the process's device, which from here on is this one.
+            torch.cuda.set_device(device)
+            free_bytes, _ = torch.cuda.mem_get_info(device)
+            try:
+                planned = _plan_device(store, config, free_bytes)
+            except EngineStartError as error:
+                if config.device != "auto":
+                    raise
+                logger.warning("computing on the processor: %s", error)
+            else:
+                from localmoe.kernels.gpu import GpuKernels
+
+                return _load_on_device(model, store, GpuKernels(device), *planned, available_memory_bytes)
+        kernels = select_kernels(config.cpu_level, num_threads, pin=config.pin_threads)
         config = settle_config(store, kernels, config, available_memory_bytes)
         plan = plan_memory(store, kernels, config, available_memory_bytes)
+        experts: LocatedExperts
         if plan.num_slots is None:
             store.check(num_threads)
-            decoder = load_decoder(store, kernels)
+            experts = ResidentExperts.mapped(store, kernels)
+            decoder = _decoder(store, store, experts, kernels)
         else:
-            decoder = load_tiered(store, kernels, plan, config.tiers)
-        experts = decoder.experts
-        decoder.experts = with_threshold(experts, config, store.shape)
-        insight = _watch(decoder, experts, plan, store.blob_bytes)
+            decoder, experts = load_tiered(store, kernels, plan, config.tiers)
+            relieve = ExpertRelief(experts, config.tiers.reserve_bytes, fewest_slots(store.shape))
+        insight = _watch(decoder, experts, plan, store.blob_bytes, config)
     logger.info("%s computes with %s", model, kernels.name)
-    return Engine(model, decoder, kernels, config, insight)
+    return Engine(model, decoder, kernels, config, insight, relieve)
 
 
 def load_device_engine(
@@ -86,7 +96,7 @@ def load_device_engine(
     kernels: Kernels,
     config: EngineConfig,
     free_device_bytes: int,
-    available_memory_bytes: int | None = None,
+    available_memory_bytes: int,
 ) -> Engine:
     """The engine of a store whose weights, keys and values are on a GPU; experts that do not fit there are in RAM, as
     far as they fit, and computed on the CPU or fetched.
@@ -95,39 +105,46 @@ def load_device_engine(
         kernels: of the GPU.
         config: as for `load_engine`.
         free_device_bytes: of the GPU's memory, before anything is loaded.
-        available_memory_bytes: RAM; None: all experts are to be on the GPU.
+        available_memory_bytes: RAM.
 
     Raises:
         StoreError: the store is damaged.
-        EngineStartError: the configuration or the GPU's memory does not fit the model.
+        EngineStartError: the configuration, the GPU's memory or RAM does not fit the model.
     """
+    with Store.open(store_path) as store:
+        planned = _plan_device(store, config, free_device_bytes)
+        return _load_on_device(model, store, kernels, *planned, available_memory_bytes)
+
+
+def _plan_device(store: Store, config: EngineConfig, free_bytes: int) -> tuple[EngineConfig, MemoryPlan]:
+    config = settle_device_config(store, config, free_bytes)
+    return config, plan_device_memory(store, config, free_bytes)
+
+
+def _load_on_device(
+    model: str,
+    store: Store,
+    kernels: Kernels,
+    config: EngineConfig,
+    plan: MemoryPlan,
+    available_memory_bytes: int,
+) -> Engine:
     num_threads = config.num_threads
     assert num_threads is not None, "settled by whoever starts the engine"
-    with Store.open(store_path) as store:
-        num_experts = store.shape.num_layers * store.shape.num_experts
-        config = settle_device_config(store, config, free_device_bytes)
-        plan = plan_device_memory(store, config, free_device_bytes)
-        assert plan.num_device_slots is not None
-        fits = plan.num_device_slots >= num_experts
-        if not fits and (available_memory_bytes is None or not plan.num_device_slots):
-            raise EngineStartError(
-                f"not enough memory on the GPU: {plan.num_device_slots} of {num_experts} experts fit beside keys and "
-                f"values and dense weights; set device to cpu, lower kv_cache_share or max_context_tokens, or choose "
-                f"a smaller format"
-            )
-        try:
-            if fits or available_memory_bytes is None:
-                store.check(num_threads)
-                decoder = load_decoder(store, kernels)
-            else:
-                host_kernels = select_kernels(config.cpu_level, num_threads, pin=config.pin_threads)
-                hybrid = load_hybrid(store, kernels, host_kernels, plan, config, available_memory_bytes)
-                decoder = _decoder(store, store, hybrid, kernels)
-            experts = decoder.experts
-            decoder.experts = with_threshold(experts, config, store.shape)
-            engine = Engine(model, decoder, kernels, config, _watch(decoder, experts, plan, store.blob_bytes))
-        except torch.OutOfMemoryError as error:
-            raise EngineStartError(f"not enough memory on the GPU, which others may use too: {error}") from error
+    assert plan.num_device_slots is not None, "a plan of a GPU"
+    try:
+        experts: LocatedExperts
+        if plan.num_device_slots == len(store.expert_entries):
+            store.check(num_threads)
+            experts = ResidentExperts.mapped(store, kernels, on_device=True)
+        else:
+            host_kernels = select_kernels(config.cpu_level, num_threads, pin=config.pin_threads)
+            experts = load_hybrid(store, kernels, host_kernels, plan, config, available_memory_bytes, Split())
+        decoder = _decoder(store, store, experts, kernels)
+        insight = _watch(decoder, experts, plan, store.blob_bytes, config)
+        engine = Engine(model, decoder, kernels, config, insight, nothing_to_give)
+    except torch.OutOfMemoryError as error:
+        raise EngineStartError(f"not enough memory on the GPU, which others may use too: {error}") from error
     logger.info("%s computes with %s", model, kernels.name)
     return engine
 
@@ -137,7 +154,9 @@ def load_decoder(store: Store, kernels: Kernels) -> Decoder:
     return _decoder(store, store, ResidentExperts.mapped(store, kernels), kernels)
 
 
-def load_tiered(store: Store, kernels: Kernels, plan: MemoryPlan, config: TiersConfig) -> Decoder:
+def load_tiered(
+    store: Store, kernels: Kernels, plan: MemoryPlan, config: TiersConfig
+) -> tuple[Decoder, TieredExperts]:
     """The model of a store, its dense weights in memory and as many experts as the plan says; nothing is mapped.
 
     Raises:
@@ -154,7 +173,7 @@ def load_tiered(store: Store, kernels: Kernels, plan: MemoryPlan, config: TiersC
     experts = load_tiered_experts(
         store,
         kernels,
-        load_policy(store, config),
+        load_policies(store, config).in_ram,
         config,
         num_slots=plan.num_slots,
         available_memory_bytes=plan.budget_bytes,
@@ -164,36 +183,39 @@ def load_tiered(store: Store, kernels: Kernels, plan: MemoryPlan, config: TiersC
         assert stream is not None
         layer = decoder.layers[index]
         layer.attention = stream.attention(index, layer.attention)
-    return decoder
+    return decoder, experts
 
 
 def _decoder(store: Store, dense: DenseWeights, experts: ExpertExecutor[Tensor], kernels: Kernels) -> Decoder:
     return architecture({"model_type": store.shape.model_type})(store.shape, dense, experts, kernels)
 
 
-def _watch(decoder: Decoder, experts: ExpertExecutor[Tensor], plan: MemoryPlan, expert_bytes: int) -> Insight:
-    """Put a watch on a decoder's experts.
+def _watch(
+    decoder: Decoder, experts: LocatedExperts, plan: MemoryPlan, expert_bytes: int, config: EngineConfig
+) -> Insight:
+    """Let a decoder's experts skip what the configuration says, and put a watch on them.
 
     Args:
-        experts: the part of the decoder's that knows where they are.
+        experts: the decoder's.
     """
     shape = decoder.shape
-    everywhere = np.ones((shape.num_layers, shape.num_experts), np.bool_)
-    is_resident = not isinstance(experts, TieredExperts | HybridExperts)
-    on_device = everywhere if is_resident and plan.num_device_slots is not None else ~everywhere
+    # A GPU that has all experts is waited for once a step, not once a layer.
+    is_timed = decoder.device.type == "cpu" or experts.state() is not None
     watched = ObservedExperts(
-        decoder.experts,
+        with_threshold(experts, config, shape),
         shape,
-        stall_s=lambda: experts.stall_s if isinstance(experts, TieredExperts | HybridExperts) else 0.0,
-        present=experts.present if isinstance(experts, TieredExperts | HybridExperts) else lambda: everywhere,
-        on_device=experts.on_device if isinstance(experts, HybridExperts) else lambda: on_device,
+        stall_s=lambda: experts.stall_s,
+        present=experts.present,
+        on_device=experts.on_device,
+        is_timed=is_timed,
     )
     decoder.experts = watched
     return Insight(shape, plan, expert_bytes, watched)
 
 
 def warm_up(engine: Engine) -> None:
-    """Run one request, so that the first client does not pay for lazy initialisation and compilation.
+    """Run one request, so that the first client does not pay for lazy initialisation and compilation. (Decode steps
+    of other sizes than its own are captured when the first of them comes, which takes longer than a step.)
 
     Raises:
         EngineStartError: the model cannot compute even that.

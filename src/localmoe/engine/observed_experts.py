@@ -53,6 +53,8 @@ class ObservedExperts:
         stall_s: total time spent waiting for experts so far.
         present: whether each expert [layers, experts] is in memory now.
         on_device: whether it is in a GPU's; None: there is none.
+        is_timed: a layer has been computed when its experts return; where it has only been launched by then, as on a
+            GPU that has them all, layers are not timed.
     """
 
     def __init__(
@@ -63,11 +65,13 @@ class ObservedExperts:
         stall_s: Callable[[], float],
         present: Callable[[], NDArray[np.bool_]],
         on_device: Callable[[], NDArray[np.bool_]] | None = None,
+        is_timed: bool = True,
     ) -> None:
         self._experts = experts
         self._shape = shape
         self.present = present
         self._on_device = on_device
+        self._is_timed = is_timed
         self._stall_s = stall_s
         self._recorder: RoutingRecorder | None = None
         self.forget()
@@ -127,10 +131,13 @@ class ObservedExperts:
         return found
 
     def layer_times(self) -> list[LayerTimes]:
-        return [times.means() for times in (self._decode, self._prefill) if times.num_steps]
+        """Of phases that there have been; none where layers are not timed."""
+        return [times.means() for times in (self._decode, self._prefill) if times.num_steps and self._is_timed]
 
     def totals(self) -> tuple[int, float]:
-        """Layers run, and the seconds that took."""
+        """Layers that were timed, and the seconds that took."""
+        if not self._is_timed:
+            return 0, 0.0
         num_steps = self._decode.num_steps + self._prefill.num_steps
         return num_steps * len(self._pending), sum(self._decode.elapsed_s) + sum(self._prefill.elapsed_s)
 

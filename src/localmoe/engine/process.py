@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,12 +31,15 @@ from localmoe.engine.messages import (
     StartFailed,
     ToEngine,
 )
-from localmoe.hardware.memory import process_memory_bytes
+from localmoe.hardware.memory import available_memory_bytes, process_memory_bytes
 
 if TYPE_CHECKING:
     from localmoe.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
+
+_MEMORY_INTERVAL_S = 1.0
+"""Between two looks at how much is left, while there is something to do."""
 
 
 def serve(engine: "Engine", socket: "zmq.Socket[bytes]") -> None:
@@ -43,6 +47,7 @@ def serve(engine: "Engine", socket: "zmq.Socket[bytes]") -> None:
     client knows a hung engine."""
     decoder = msgspec.msgpack.Decoder(ToEngine)
     encoder = msgspec.msgpack.Encoder()
+    looked_s = 0.0
     while True:
         items: list[TokenChunk | RequestFailed] = []
         if not engine.has_work:
@@ -62,12 +67,17 @@ def serve(engine: "Engine", socket: "zmq.Socket[bytes]") -> None:
                 overloaded = isinstance(error, OverloadedError)
                 failed = RequestFailed(request_id=message.request.id, message=str(error), overloaded=overloaded)
                 items.append(failed)
+        if time.monotonic() - looked_s > _MEMORY_INTERVAL_S:
+            looked_s = time.monotonic()
+            engine.relieve(available_memory_bytes())
         items += engine.step()
         socket.send(encoder.encode(Outputs(items=items, state=engine.state())))
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too; the client decides.
+    # Ctrl-C in a terminal reaches us too, as what ends a control group does. The client decides: it drains first.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
     lifeline = threading.Thread(target=_exit_with_parent, daemon=True)

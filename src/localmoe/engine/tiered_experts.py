@@ -26,8 +26,10 @@ from torch import Tensor
 from localmoe.core.errors import ChecksumError, StoreError
 from localmoe.core.events import TierState
 from localmoe.core.model import ExpertId
+from localmoe.core.plans import Load
 from localmoe.core.protocols import Routed
 from localmoe.formats.store import Store, find_damage
+from localmoe.formats.stripes import Stripe
 from localmoe.kernels.base import Kernels
 from localmoe.residency.link import IdleLink
 from localmoe.residency.manager import ResidencyManager, distinct
@@ -45,7 +47,8 @@ class TieredExperts:
 
     Args:
         store: says where each expert lies; its mapping is not touched.
-        reader: of the store's file.
+        reader: of the store's file, and the stripes' after it.
+        stripes: where those experts are read that they hold, until one cannot be: then it is read from the store.
         arena: its slots are the manager's.
         prefetch_layers: read ahead what so many of the following layers are expected to use.
     """
@@ -59,6 +62,7 @@ class TieredExperts:
         arena: HostArena,
         manager: ResidencyManager,
         prefetch_layers: int,
+        stripes: Sequence[Stripe] = (),
     ) -> None:
         shape = store.shape
         self._store = store
@@ -71,12 +75,10 @@ class TieredExperts:
             kernels.experts(shape.num_experts, shape.hidden_size, shape.expert_size, store.weights)
             for _ in range(shape.num_layers)
         ]
-        self._entries = {
-            expert: store.expert_entry(expert)
-            for expert in (
-                ExpertId(layer, e) for layer in range(shape.num_layers) for e in range(shape.num_experts)
-            )
-        }
+        self._entries = store.expert_entries
+        self._paths = [store.path, *(stripe.path for stripe in stripes)]
+        self._files = {expert: file for file, stripe in enumerate(stripes, 1) for expert in stripe.experts(store)}
+        """Experts with a copy that is read in place of the store's, as indices into `_paths`."""
         self._rooms: dict[ExpertId, Tensor] = {}
         """Slots that experts come into from a device."""
         self._link = IdleLink()
@@ -94,8 +96,11 @@ class TieredExperts:
         """Whether each expert [layers, experts] is in memory now."""
         return self._manager.present()
 
-    def lend(self, expert: ExpertId) -> Tensor | None:
-        slot = self._manager.lend(expert)
+    def on_device(self) -> NDArray[np.bool_]:
+        return np.zeros_like(self._manager.present())
+
+    def lend(self, expert: ExpertId, *, is_used: bool) -> Tensor | None:
+        slot = self._manager.lend(expert, is_used=is_used)
         return None if slot is None else self._arena.slot(slot)
 
     def return_loan(self, expert: ExpertId) -> None:
@@ -120,6 +125,24 @@ class TieredExperts:
         weights = self._store.expert_in(self._rooms.pop(expert), self._entries[expert])
         self._layers[expert.layer].place(expert.expert, weights)
         self._manager.received(expert)
+
+    def fill(self, elsewhere_LE: NDArray[np.bool_]) -> None:
+        """Read experts into free slots, the same number of every layer; between two steps.
+
+        Args:
+            elsewhere_LE: whether each expert [layers, experts] is not to be read.
+
+        Raises:
+            StoreError: one cannot be read, or is damaged.
+        """
+        stalled_s, num_failures = self._stall_s, self._num_failures
+        self._begin(self._manager.fill(elsewhere_LE))
+        while self._reader.stats().in_flight:
+            self._collect(layer=-1, wait=True)
+            if self._num_failures > num_failures:
+                raise StoreError(f"{self._store.path}: experts are damaged, or cannot be read; the log says which")
+            self._begin(self._manager.fill(elsewhere_LE))
+        self._stall_s = stalled_s  # nobody was kept waiting
 
     def shrink(self, num_slots: int) -> None:
         """Give up slots from the end, and the memory of the slots given up; between two steps."""
@@ -173,11 +196,14 @@ class TieredExperts:
         self._move()
         experts.begin(routed.h_TD, routed.ids_TK)
         for distance, choose in enumerate(routed.ahead[: self.prefetch_layers], 1):
+            if manager.is_whole(layer + distance):
+                continue
             manager.expect(layer + distance, distinct(choose(x_TD).numpy()))
         self._move()
         waiting = set(awaited)
         while ready or waiting:
-            part, ready = ready[:_EXPERTS_AT_ONCE], ready[_EXPERTS_AT_ONCE:]
+            size = _EXPERTS_AT_ONCE if waiting else len(ready)
+            part, ready = ready[:size], ready[size:]
             experts.compute(part)  # returns when the part before is computed
             manager.release(layer, computing)
             computing = part
@@ -193,14 +219,21 @@ class TieredExperts:
         if unwanted := self._manager.take_unwanted():
             for expert in self._reader.cancel(unwanted):
                 self._manager.dropped(expert)
+        self._begin(self._manager.plan(self._link.most_reads_ahead))
+
+    def _begin(self, loads: Sequence[Load]) -> None:
+        """Ask for reads, each when whoever is in its slot is placed no more."""
         reads = []
-        for load in self._manager.plan(self._link.most_reads_ahead):
+        for load in loads:
             if load.evicts is not None:
                 self._layers[load.evicts.layer].remove(load.evicts.expert)
-            entry, slot = self._entries[load.expert], self._arena.slot(load.slot)
-            reads.append(Read(key=load.expert, offset=entry.offset, num_bytes=entry.num_bytes, buffer=slot))
+            reads.append(self._read(load.expert, self._arena.slot(load.slot)))
         if reads:
             self._reader.submit(reads)
+
+    def _read(self, expert: ExpertId, slot: Tensor) -> Read[ExpertId]:
+        entry, file = self._entries[expert], self._files.get(expert, 0)
+        return Read(key=expert, offset=entry.offset, num_bytes=entry.num_bytes, buffer=slot, file=file)
 
     def _collect(self, layer: int, *, wait: bool) -> list[int]:
         """Take what has been read, and say which of this layer's experts are among it.
@@ -224,6 +257,10 @@ class TieredExperts:
                 if expert.layer == layer:
                     arrived.append(expert.expert)
                 continue
+            if self._files.pop(expert, None) is not None:
+                logger.warning("%s; from now on it is read from %s", failure, self._store.path)
+                self._reader.submit([self._read(expert, read.buffer)])
+                continue
             logger.error("%s", failure)
             self._num_failures += 1
             # One that is not used, yet or any more, may be asked for again, and fail then.
@@ -238,4 +275,5 @@ class TieredExperts:
         if read.error is not None:
             return StoreError(read.error)
         damage = find_damage(read.buffer, self._entries[read.key])
-        return None if damage is None else ChecksumError(f"{self._store.path}: {damage}")
+        path = self._paths[self._files.get(read.key, 0)]
+        return None if damage is None else ChecksumError(f"{path}: {damage}")

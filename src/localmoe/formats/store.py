@@ -154,6 +154,10 @@ class Store:
         """
         return self._checked(self.expert_entry(expert_id))
 
+    def encoded_header(self) -> bytes:
+        """The file up to its first extent; no two stores that differ have the same. Raises StoreError."""
+        return self._present(0, min(entry.offset for entry in self._entries)).numpy().tobytes()
+
     @property
     def dense_entries(self) -> list[DenseEntry]:
         """Where the dense tensors lie, for those who read them themselves."""
@@ -163,6 +167,13 @@ class Store:
     def blob_bytes(self) -> int:
         """Size of every expert's extent."""
         return self._layout.num_bytes
+
+    @property
+    def expert_entries(self) -> dict[ExpertId, ExpertEntry]:
+        """Where every expert lies, layer by layer."""
+        shape = self.shape
+        ids = (ExpertId(layer, expert) for layer in range(shape.num_layers) for expert in range(shape.num_experts))
+        return {expert_id: self.expert_entry(expert_id) for expert_id in ids}
 
     def expert_entry(self, expert_id: ExpertId) -> ExpertEntry:
         """Where an expert lies, for those who read it themselves. Raises StoreError if there is none."""

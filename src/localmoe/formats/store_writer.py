@@ -63,8 +63,8 @@ class StoreWriter:
 
     def __enter__(self) -> Self:
         try:
-            _remove_abandoned(self._path)
-            self._partial, self._fd = _create_partial(self._path)
+            remove_abandoned(self._path)
+            self._partial, self._fd = create_partial(self._path)
         except OSError as error:
             raise self._write_error(error) from error
         try:
@@ -133,7 +133,7 @@ class StoreWriter:
         """Write a piece; the result is its checksum."""
         view = content.numpy().data
         try:
-            _write_all(self._fd, view, place.offset)
+            write_all(self._fd, view, place.offset)
         except OSError as error:
             raise self._write_error(error) from error
         self._missing_offsets.discard(place.offset)
@@ -149,14 +149,8 @@ class StoreWriter:
             self._header, dense=list(self._dense.values()), experts=list(self._experts.values())
         )
         try:
-            _write_all(self._fd, memoryview(encode_header(header)), 0)
-            os.fsync(self._fd)
-            os.rename(self._partial, self._path)
-            directory_fd = os.open(self._path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory_fd)
-            finally:
-                os.close(directory_fd)
+            write_all(self._fd, memoryview(encode_header(header)), 0)
+            complete(self._partial, self._fd, self._path)
         except OSError as error:
             raise self._write_error(error) from error
 
@@ -189,14 +183,15 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _write_all(fd: int, view: memoryview, offset: int) -> None:
+def write_all(fd: int, view: memoryview, offset: int) -> None:
+    """Write all of it there. Raises OSError."""
     done_bytes = 0
     while done_bytes < len(view):
         done_bytes += os.pwrite(fd, view[done_bytes:], offset + done_bytes)
 
 
-def _create_partial(path: Path) -> tuple[Path, int]:
-    """A new locked file beside `path`, and its descriptor."""
+def create_partial(path: Path) -> tuple[Path, int]:
+    """A new locked file beside `path`, to be renamed to it, and its descriptor. Raises OSError."""
     while True:
         partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
         fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -207,8 +202,19 @@ def _create_partial(path: Path) -> tuple[Path, int]:
         os.close(fd)
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove partial files of `path` whose writers are dead."""
+def complete(partial: Path, fd: int, path: Path) -> None:
+    """Give a partial file its name, once the disk has all of it. Raises OSError."""
+    os.fsync(fd)
+    partial.rename(path)
+    directory_fd = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory_fd)
+    finally:
+        os.close(directory_fd)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove partial files of `path` whose writers are dead. Raises OSError."""
     pattern = re.compile(re.escape(path.name) + r"\.[0-9a-f]{16}\.partial")
     for partial in path.parent.iterdir():
         if not pattern.fullmatch(partial.name):

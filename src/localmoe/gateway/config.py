@@ -2,6 +2,9 @@
 
 from dataclasses import asdict, dataclass
 
+_MAX_TIME_S = 1_000_000
+"""Clocks take no infinite times."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GatewayConfig:
@@ -21,5 +24,8 @@ class GatewayConfig:
     """A request whose body has not come whole by then gets 408."""
 
     def __post_init__(self) -> None:
-        if min(asdict(self).values()) <= 0:
-            raise ValueError(f"every value of GatewayConfig must be positive: {self}")
+        for name, value in asdict(self).items():
+            if not value > 0:
+                raise ValueError(f"{name} is {value}; it must be positive")
+            if name.endswith("_s") and value > _MAX_TIME_S:
+                raise ValueError(f"{name} is {value}; it must be at most {_MAX_TIME_S}")

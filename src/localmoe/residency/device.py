@@ -72,6 +72,10 @@ class DeviceResidency:
         """Experts that may move in before somebody must go."""
         return max(0, self.num_slots - self.num_landing - self._num_home)
 
+    def has(self, expert: ExpertId) -> bool:
+        """Whether its home is here."""
+        return bool(self._slots_LE[expert.layer, expert.expert] >= 0)
+
     def take_landing(self) -> int:
         """A free slot, until `free` or `move_in`."""
         return self._free_slots.pop()

@@ -2,6 +2,7 @@
 
 An expert is absent, being read, or present in one slot of the arena. The caller goes through the layers of a step:
 
+    fill       before the first step; says what to read into free slots
     need       these experts are used now; says which of them can be computed at once
     expect     those of a following layer, as far as its router can tell ahead
     take_unwanted, plan    what to read no more, and what to read now into which slots
@@ -13,17 +14,22 @@ What is used now is pinned until it is released, what is expected until its laye
 may be evicted, the one of the lowest value first, and only when a slot is needed: so an expert that is not worth
 keeping is read, used, and next to go, which is all that admission has to do. That holds for a prompt, too: since only
 so many reads are under way at once, its experts run through so many slots while the rest stays.
+
+Experts with a quota that is used up take slots of each other: the least valued that is not pinned goes, though a slot
+be free. Only when all that they hold is pinned do they take more, and what is beyond the quota later goes first.
 """
 
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from localmoe.core.model import ExpertId
 from localmoe.core.plans import Load
+from localmoe.residency.placement import Quota
 from localmoe.residency.policy import RetentionPolicy
 
 _ABSENT, _READING, _PRESENT, _RECEIVING = 0, 1, 2, 3
@@ -56,10 +62,18 @@ class ResidencyManager:
         num_slots: at least 1.
         most_reads: that may be under way at once, at least 1; as many as the disk needs to be busy.
         policy: says what keeping an expert is worth.
+        quotas: of disjoint groups of experts.
     """
 
     def __init__(
-        self, *, num_layers: int, num_experts: int, num_slots: int, most_reads: int, policy: RetentionPolicy
+        self,
+        *,
+        num_layers: int,
+        num_experts: int,
+        num_slots: int,
+        most_reads: int,
+        policy: RetentionPolicy,
+        quotas: Sequence[Quota] = (),
     ) -> None:
         assert min(num_slots, most_reads) >= 1
         self._most_reads = most_reads
@@ -68,6 +82,7 @@ class ResidencyManager:
         self._policy = policy
         # All arrays are flat, [layers * experts].
         size = num_layers * num_experts
+        self._quotas = [(quota.experts_LE.ravel(), quota.percent) for quota in quotas]
         self._state = np.zeros(size, np.int8)
         self._pins = np.zeros(size, np.int8)
         self._slots = np.full(size, -1, np.int32)
@@ -137,10 +152,16 @@ class ResidencyManager:
             if self._state[index] == _ABSENT:
                 self._expected.append(index)
 
+    def is_whole(self, layer: int) -> bool:
+        """Whether no expert of a layer is absent, so that nothing need be expected of it."""
+        first = layer * self._num_experts
+        return not (self._state[first : first + self._num_experts] == _ABSENT).any()
+
     def take_unwanted(self) -> list[ExpertId]:
         """Reads ahead that have proved wrong since the last call: to be dropped if they have not begun."""
         unwanted, self._unwanted = self._unwanted, []
-        return [self._expert(index) for index in unwanted]
+        # Whatever was wanted again meanwhile is pinned.
+        return [self._expert(index) for index in unwanted if self._pins[index] == _FREE]
 
     def plan(self, most_prefetches: int) -> list[Load]:
         """What to read now, in order.
@@ -153,6 +174,22 @@ class ResidencyManager:
             most = most_prefetches - sum(self._state[index] == _READING for index in self._ahead)
             loads += self._take_slots(self._expected, most, highest_pin=_FREE, is_prefetch=True)
         return loads
+
+    def fill(self, elsewhere_LE: NDArray[np.bool_]) -> list[Load]:
+        """What to read into free slots before anything is used, the same number of every layer.
+
+        Args:
+            elsewhere_LE: whether each expert [layers, experts] is not to be read.
+        """
+        is_absent_LE = (self._state == _ABSENT).reshape(elsewhere_LE.shape) & ~elsewhere_LE
+        experts, layers = np.nonzero(is_absent_LE.T)
+        indices = layers * self._num_experts + experts
+        for members, percent in self._quotas:
+            indices = np.delete(
+                indices, np.flatnonzero(members[indices])[max(0, self._num_left(members, percent)) :]
+            )
+        queue = deque(indices[: len(self._free_slots)].tolist())
+        return self._take_slots(queue, len(queue), highest_pin=_FREE, is_prefetch=False)
 
     def arrived(self, expert: ExpertId) -> None:
         """A read ended well."""
@@ -178,13 +215,17 @@ class ResidencyManager:
         for expert in experts:
             self._pins[layer * self._num_experts + expert] = _FREE
 
-    def lend(self, expert: ExpertId) -> int | None:
+    def lend(self, expert: ExpertId, *, is_used: bool) -> int | None:
         """The slot of a present expert, which stays there until `return_loan` or `give_up`; None where there is none
-        to be lent."""
+        to be lent.
+
+        Args:
+            is_used: whoever borrows it computes the layer at hand with it.
+        """
         index = self._index(expert)
         if self._state[index] != _PRESENT or self._lent[index] or not self._can_lend():
             return None
-        if index in self._ahead:  # whoever borrows it uses it
+        if is_used and index in self._ahead:
             self._ahead.discard(index)
             self.counters.prefetches_useful += 1
         self._lent[index] = True
@@ -209,6 +250,7 @@ class ResidencyManager:
             self._num_lent -= 1
         self._state[index] = _ABSENT
         self._pins[index] = _FREE
+        self._ahead.discard(index)  # neither useful nor wasted: its home is where it is computed
         self._free_slots.append(int(self._slots[index]))
         return was_present
 
@@ -218,12 +260,16 @@ class ResidencyManager:
         index, victim = self._index(expert), None
         if self._state[index] != _ABSENT or not self._can_lend():
             return None
-        if self._free_slots:
+        group = next((quota for quota in self._quotas if quota[0][index]), None)
+        is_full = group is not None and self._num_left(*group) <= 0
+        if self._free_slots and not is_full:
             slot = self._free_slots.pop()
         else:
             values = self._policy.values().ravel()
-            victim = next(iter(self._victims(1, _FREE)), None)
+            victim = next(iter(self._victims([index], 1, _FREE)), None)
             if victim is None or not values[victim] < values[index]:
+                return None
+            if is_full and group is not None and not group[0][victim]:
                 return None
             slot = int(self._slots[victim])
             self._evict(victim)
@@ -292,11 +338,13 @@ class ResidencyManager:
         count = min(len(queue), most, self._most_reads - self._num_reading)
         if count <= 0:
             return []
+        incoming = list(islice(queue, count))
+        num_victims = max(count - len(self._free_slots), min(count, len(self._beyond_quotas(incoming))))
+        victims = self._victims(incoming, num_victims, highest_pin) if num_victims else []
         slots: list[tuple[int, int | None]] = []
-        while self._free_slots and len(slots) < count:
+        while self._free_slots and len(slots) + len(victims) < count:
             slots.append((self._free_slots.pop(), None))
-        if len(slots) < count:
-            slots += [(int(self._slots[index]), index) for index in self._victims(count - len(slots), highest_pin)]
+        slots += [(int(self._slots[index]), index) for index in victims]
         loads = []
         for slot, victim in slots:
             index = queue.popleft()
@@ -318,12 +366,38 @@ class ResidencyManager:
             )
         return loads
 
-    def _victims(self, count: int, highest_pin: int) -> list[int]:
-        """The present experts worth least, the least first; fewer than `count` if there are no more."""
+    def _num_left(self, members: NDArray[np.bool_], percent: int) -> int:
+        """Slots that a group may still take; negative where it has more than its quota."""
+        num_held = int(np.count_nonzero(members & (self._state != _ABSENT)))
+        return self._num_slots * percent // 100 - num_held
+
+    def _beyond_quotas(self, incoming: Sequence[int]) -> list[int]:
+        """Who is to go before anybody else if these come: first those whose own group's come."""
+        own: list[int] = []
+        others: list[int] = []
         values = self._policy.values().ravel()
-        chosen: list[int] = []
+        for members, percent in self._quotas:
+            num_incoming = int(np.count_nonzero(members[incoming]))
+            num_beyond = max(0, num_incoming - self._num_left(members, percent))
+            evictable = np.flatnonzero(members & (self._state == _PRESENT) & (self._pins == _FREE) & ~self._lent)
+            least = evictable[np.argsort(values[evictable])][:num_beyond].tolist()
+            own += least[:num_incoming]
+            others += least[num_incoming:]
+        return own + others
+
+    def _victims(self, incoming: Sequence[int], count: int, highest_pin: int) -> list[int]:
+        """The present experts that are beyond a quota, then those worth least, the least first; fewer than `count` if
+        there are no more.
+
+        Args:
+            incoming: who takes their slots.
+        """
+        values = self._policy.values().ravel()
+        chosen = self._beyond_quotas(incoming)[:count]
+        is_evictable = (self._state == _PRESENT) & ~self._lent
+        is_evictable[chosen] = False
         for pin in range(_FREE, highest_pin + 1):
-            candidates = np.flatnonzero((self._state == _PRESENT) & (self._pins == pin) & ~self._lent)
+            candidates = np.flatnonzero(is_evictable & (self._pins == pin))
             left = count - len(chosen)
             if len(candidates) > left:
                 candidates = (

@@ -47,7 +47,7 @@ class LayerWork:
     device: NDArray[np.integer]
     """Of those on the device."""
     ram: NDArray[np.integer]
-    """Of those in RAM, the most first."""
+    """Of those in RAM, in the order in which they are fetched: the most first."""
     disk: NDArray[np.integer]
     """Of those on the disk only; the CPU computes them as they come."""
 

@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+MAX_TIME_S = 1_000_000
+"""Longest time that a setting may say; clocks take no infinite ones."""
+MAX_PREFETCH_LAYERS = 256
+"""More layers than any model has."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiskConfig:
@@ -11,7 +16,8 @@ class DiskConfig:
     method: Literal["auto", "io_uring", "threads"] = "auto"
     """`auto`: io_uring, or threads where the kernel or a container refuses it."""
     queue_depth: int | None = None
-    """Most pieces with the kernel at a time; None: measured on the file itself when it is opened."""
+    """Most pieces with the kernel at a time; None: measured on the file itself when it is opened, and as many for
+    each disk more that is read."""
     piece_bytes: int = 4 << 20
     """Reads are cut into pieces of this size; a multiple of 4096. Small pieces cost processor time, and leave
     the disk idle where nobody collects while computing: `queue_depth` pieces are all that the kernel has to do."""
@@ -23,8 +29,8 @@ class DiskConfig:
             raise ValueError(f"queue_depth is {self.queue_depth}; it must be from 1 to 1024")
         if not 4096 <= self.piece_bytes <= 1 << 30 or self.piece_bytes % 4096:
             raise ValueError(f"piece_bytes is {self.piece_bytes}; it must be a multiple of 4096, at most 2^30")
-        if self.timeout_s <= 0:
-            raise ValueError(f"timeout_s is {self.timeout_s}; it must be positive")
+        if not 0 < self.timeout_s <= MAX_TIME_S:
+            raise ValueError(f"timeout_s is {self.timeout_s}; it must be positive, at most {MAX_TIME_S}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +47,12 @@ class TiersConfig:
     """Which experts to keep: what is worth most by all that was seen, or what was used last, or most often."""
     placement: tuple[str, ...] = ()
     """Ordered rules `PATTERN=PLACE` over names such as `layers.3.experts.17`; the first match decides. `ram` is
-    kept once read, `disk` goes first once used, `auto` is up to the policy."""
+    kept once read, `disk` goes first once used, `auto` is up to the policy, as with `N%`, but those that match hold
+    at most that share of RAM's slots."""
     prefetch_layers: int = 2
     """Read ahead, while the disk is idle, what so many of the following layers are expected to use; 0: nothing."""
+    stripes: tuple[str, ...] = ()
+    """Files that `localmoe models stripe` wrote on other disks: experts that are there are read from there."""
     disk: DiskConfig = DiskConfig()
 
     def __post_init__(self) -> None:
@@ -51,7 +60,9 @@ class TiersConfig:
             raise ValueError(f"ram_bytes is {self.ram_bytes}; it must be positive")
         if self.vram_bytes is not None and self.vram_bytes <= 0:
             raise ValueError(f"vram_bytes is {self.vram_bytes}; it must be positive")
-        if self.prefetch_layers < 0:
-            raise ValueError(f"prefetch_layers is {self.prefetch_layers}; it must not be negative")
+        if not 0 <= self.prefetch_layers <= MAX_PREFETCH_LAYERS:
+            raise ValueError(
+                f"prefetch_layers is {self.prefetch_layers}; it must be from 0 to {MAX_PREFETCH_LAYERS}"
+            )
         if self.reserve_bytes < 0:
             raise ValueError(f"reserve_bytes is {self.reserve_bytes}; it must not be negative")

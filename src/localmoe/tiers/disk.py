@@ -118,6 +118,7 @@ class DiskReader(Generic[K]):
             depth, measured = config.queue_depth, "as configured"
             if depth is None:
                 depth, measured = _choose_depth(max(files, key=lambda file: file.num_bytes), method, config)
+                depth *= len({os.fstat(file.descriptor).st_dev for file in files})  # each disk is to be busy
             reader = _make_reader(files, method, depth, config)
         except BaseException:
             _close(files)

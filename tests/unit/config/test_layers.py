@@ -84,7 +84,9 @@ def test_a_block_whose_lines_are_all_comments_sets_nothing(file: Path) -> None:
         ("memory_config: {expert_treshold: 1}", "did you mean 'memory_config.expert_threshold'?"),
         ("gateway: {zzz: 1}", "'gateway.zzz' is not a setting; those of its block are max_body_bytes, "),
         ("7: 1", "'7' is not a setting"),
-        ("config: other.yaml", "'config' is not a setting"),
+        ("config: other.yaml", "'config' cannot be set in a file; name a file with --config or LOCALMOE_CONFIG"),
+        ("port: yes", "'port' is True; it must be a number"),
+        ("engine: {tiers: {disk: {timeout_s: on}}}", "'engine.tiers.disk.timeout_s' is True; it must be a number"),
         ("engine: 3", "'engine' is 3; it must be a block of settings"),
         ("compute_config: [enable_fusion]", "'compute_config' is ['enable_fusion']; it must be a block"),
     ],
@@ -138,7 +140,37 @@ def test_an_unknown_profile_lists_those_there_are(file: Path, monkeypatch: pytes
         load_settings()
 
 
-def test_a_component_without_a_settings_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCALMOE_ENGINE", "fast")
-    with pytest.raises(ConfigError, match='"engine"'):
-        load_settings()
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("engine: {hang_timeout_s: .inf}", "hang_timeout_s is inf; it must be at most"),
+        ("engine: {hang_timeout_s: .nan}", "hang_timeout_s is nan; it must be positive"),
+        ("engine: {kv_cache_share: .nan}", "kv_cache_share is nan"),
+        ("engine: {expert_threshold: .nan}", "expert_threshold is nan"),
+        ("engine: {tiers: {disk: {timeout_s: .nan}}}", "timeout_s is nan"),
+        ("engine: {tiers: {disk: {timeout_s: .inf}}}", "timeout_s is inf"),
+        ("gateway: {keepalive_s: .nan}", "keepalive_s is nan"),
+        ("gateway: {body_timeout_s: .inf}", "body_timeout_s is inf"),
+        ("engine: {num_threads: 100000}", "num_threads is 100000; it must be from 1 to 1024"),
+        ("engine: {tiers: {prefetch_layers: 1000000}}", "prefetch_layers is 1000000; it must be from 0 to 256"),
+        ("engine: {tiers: {placement: ram}}", "it is 'ram': it must be a list"),
+        ("engine: {tiers: {ram_bytes: 1.5e0}}", "it is '1.5e0': input should be a valid integer"),
+        ("port: 0x" + "f" * 5000, "it is a number of thousands of digits"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(file: Path, text: str, said: str) -> None:
+    path = [part.strip(" {") for part in text.split(":")[:-1]]
+    message = problem(text, file)
+    assert message.startswith(f"setting '{'.'.join(path)}' (file {file}): ")
+    assert said in message
+
+
+@pytest.mark.parametrize(("text", "num_bytes"), [("1e9", 10**9), ("1.5e9", 15 * 10**8), ("2.0e+9", 2 * 10**9)])
+def test_whole_numbers_may_have_exponents(
+    file: Path, monkeypatch: pytest.MonkeyPatch, text: str, num_bytes: int
+) -> None:
+    file.write_text(f"engine: {{tiers: {{ram_bytes: {text}, vram_bytes: '{text}'}}}}")
+    tiers = load_settings(config=file).engine.tiers
+    assert (tiers.ram_bytes, tiers.vram_bytes) == (num_bytes, num_bytes)
+    monkeypatch.setenv("LOCALMOE_ENGINE__TIERS__RAM_BYTES", text)
+    assert load_settings().engine.tiers.ram_bytes == num_bytes

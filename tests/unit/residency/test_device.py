@@ -99,7 +99,7 @@ def test_noise_moves_few(seed: int) -> None:
         moved = [move_in(device, expert) for expert in wanted if device.is_wanted(expert)]
         moves.append(len(moved))
         policy.values_LE -= noise
-    assert sum(moves[-20:]) <= 10
+    assert sum(moves[-20:]) <= 20
     worst_here = np.sort(policy.values_LE[device.present()])[6]
     assert worst_here > np.quantile(policy.values_LE, 0.4) - 0.2  # the best six in ten are here, or nearly
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 
@@ -218,6 +218,7 @@ def test_a_read_that_failed_leaves_a_free_slot_and_can_be_repeated() -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 24), st.integers(1, 9), st.integers(0, 4), st.integers(0, 2), st.integers(0, 2**32))
+@example(6, 4, 4, 2, 2)  # wrong ahead, and used in the next step before it was dropped
 def test_every_layer_ends_and_no_slot_is_used_twice(
     num_slots: int, most_reads: int, most_prefetches: int, lookahead: int, seed: int
 ) -> None:
@@ -231,6 +232,11 @@ def test_every_layer_ends_and_no_slot_is_used_twice(
         used = draw.sample(range(8), draw.randint(0, 8))
         num_decoded = draw.randint(0, len(used))
         ready, waiting = need(manager, layer, used[:num_decoded], used[num_decoded:])
+        for expert in manager.take_unwanted():
+            if expert in reading and draw.random() < 0.5:
+                reading.remove(expert)
+                manager.dropped(expert)
+                del slots[next(slot for slot, owner in slots.items() if owner == expert)]
         for later in range(layer + 1, min(layer + 1 + lookahead, 3)):
             manager.expect(later, draw.sample(range(8), draw.randint(0, 8)))
         while ready or waiting:
@@ -238,11 +244,6 @@ def test_every_layer_ends_and_no_slot_is_used_twice(
             part = draw.randint(0, len(ready))
             manager.release(layer, ready[:part])
             ready = ready[part:]
-            for expert in manager.take_unwanted():
-                if expert in reading and draw.random() < 0.5:
-                    reading.remove(expert)
-                    manager.dropped(expert)
-                    del slots[next(slot for slot, owner in slots.items() if owner == expert)]
             plan = manager.plan(most_prefetches)
             for load in plan:
                 assert slots.get(load.slot) == load.evicts
@@ -275,11 +276,11 @@ def test_an_arena_without_slots_is_no_arena(num_slots: int) -> None:
 def test_what_is_lent_stays_until_it_is_returned() -> None:
     manager, _ = make(num_slots=3)
     run_layer(manager, 0, [0, 1, 2])
-    assert manager.lend(ExpertId(0, 0)) is not None
-    assert manager.lend(ExpertId(0, 0)) is None  # it is
-    assert manager.lend(ExpertId(0, 5)) is None  # not here
-    assert manager.lend(ExpertId(0, 1)) is not None
-    assert manager.lend(ExpertId(0, 2)) is None  # reads need a slot
+    assert manager.lend(ExpertId(0, 0), is_used=True) is not None
+    assert manager.lend(ExpertId(0, 0), is_used=True) is None  # it is
+    assert manager.lend(ExpertId(0, 5), is_used=True) is None  # not here
+    assert manager.lend(ExpertId(0, 1), is_used=True) is not None
+    assert manager.lend(ExpertId(0, 2), is_used=True) is None  # reads need a slot
     for expert in (3, 4, 5, 6):
         run_layer(manager, 1, [expert])
     run_layer(manager, 0, [0, 1])  # what is lent may be used
@@ -292,7 +293,7 @@ def test_what_is_lent_stays_until_it_is_returned() -> None:
 def test_what_moves_out_leaves_its_slot_to_others() -> None:
     manager, _ = make(num_slots=2)
     run_layer(manager, 0, [0, 1])
-    assert manager.lend(ExpertId(0, 0)) is not None
+    assert manager.lend(ExpertId(0, 0), is_used=True) is not None
     assert manager.give_up(ExpertId(0, 0))
     assert manager.num_present == 1
     run_layer(manager, 1, [7])
@@ -327,8 +328,23 @@ def test_a_prefetched_expert_that_is_lent_was_useful() -> None:
     manager.expect(1, [4])
     for load in [*loads(manager, 1), *loads(manager, 1)]:
         manager.arrived(load.expert)
-    assert manager.lend(ExpertId(1, 4)) is not None
+    assert manager.lend(ExpertId(1, 4), is_used=True) is not None
     need(manager, 1, [])
+    assert manager.counters.prefetches_useful == 1
+    assert manager.counters.prefetches_wasted == 0
+
+
+def test_a_prefetched_expert_that_moves_out_was_not_useful_for_that() -> None:
+    manager, _ = make(num_slots=4)
+    need(manager, 0, [0])
+    manager.expect(1, [4, 5])
+    for load in [*loads(manager, 2), *loads(manager, 2)]:
+        manager.arrived(load.expert)
+    assert manager.lend(ExpertId(1, 4), is_used=False) is not None
+    assert manager.give_up(ExpertId(1, 4))
+    assert manager.lend(ExpertId(1, 5), is_used=False) is not None
+    assert manager.counters.prefetches_useful == 0
+    need(manager, 1, [5])  # computed here while it is copied
     assert manager.counters.prefetches_useful == 1
     assert manager.counters.prefetches_wasted == 0
 

@@ -33,7 +33,7 @@ def test_no_rules_leave_the_policy_alone() -> None:
     ("rule", "message"),
     [
         ("layers.0.*", "is not PATTERN=PLACE"),
-        ("layers.0.*=gpu0", "places are ram, disk, auto"),
+        ("layers.0.*=gpu0", "places are device, ram, disk, auto"),
         ("=ram", "is not PATTERN=PLACE"),
         ("layers.0.*=ram=disk", "is not PATTERN=PLACE"),
         (
@@ -47,3 +47,15 @@ def test_rules_that_mean_nothing(rule: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         with_rules(Lru(2, 2), [rule], 2, 2)
     assert len(str(caught.value)) < 300
+
+
+def test_a_device_has_rules_of_its_own() -> None:
+    """What is kept in RAM need not be on the device, and what leaves RAM first may be."""
+    policy = Lru(1, 4)
+    policy.observe(0, [3], prefill=False)
+    rules = ["layers.0.experts.0=device", "layers.0.experts.1=ram", "layers.0.experts.2=disk"]
+    on_device = with_rules(policy, rules, 1, 4, memory="device").values()[0]
+    in_ram = with_rules(policy, rules, 1, 4).values()[0]
+    assert (on_device[0], in_ram[0]) == (np.inf, policy.values()[0, 0])
+    assert on_device[1:].tolist() == policy.values()[0, 1:].tolist()
+    assert in_ram[1:].tolist() == [np.inf, -np.inf, policy.values()[0, 3]]

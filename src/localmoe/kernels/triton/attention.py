@@ -26,16 +26,13 @@ from torch import Tensor
 from localmoe.kernels.base import AttentionWeights, PagedStep
 from localmoe.kernels.triton.product import LAUNCH, DeviceMatrices, Tiling, dot, store_input, to_bf16, to_device
 from localmoe.kernels.triton.rows import normed_input, rms_scale
+from localmoe.kernels.triton.sizes import MAX_PARTS_SIZE, PIECE_TOKENS
 
-PIECE_TOKENS = 512
-"""A sequence's keys are summed up in pieces of this many positions, whatever the batch."""
 _TILE_PAIRS = 64
 _TILE_KEYS = 64
 _EXACT_TILE_KEYS = 32
 _ENOUGH_PROGRAMS = 512
 """With fewer, pieces are computed side by side: some four for each multiprocessor of a large device."""
-_MAX_PARTS_SIZE = 64 << 20
-"""Float32 numbers of pieces that are computed side by side: 256 MiB."""
 
 _NO_NORM = tl.constexpr(0)
 _HEAD_NORM = tl.constexpr(1)
@@ -165,7 +162,7 @@ def _attend(q_THd: Tensor, keys_NGdB: Tensor, values_NGBd: Tensor, step: DeviceS
     num_tiles = len(step.tiles_Q2)
     # Of each piece of each token's heads: sums, their largest score and their total weight.
     parts_size = step.num_pieces * num_tokens * num_heads * (head_dim + 2)
-    split = step.num_pieces > 1 and num_tiles * num_groups < _ENOUGH_PROGRAMS and parts_size <= _MAX_PARTS_SIZE
+    split = step.num_pieces > 1 and num_tiles * num_groups < _ENOUGH_PROGRAMS and parts_size <= MAX_PARTS_SIZE
     num_parts = step.num_pieces if split else 1
     out_TR = q_THd.new_empty(num_tokens, num_heads * head_dim, dtype=tiling.input_dtype)
     parts = q_THd.new_empty(parts_size if split else 0)
