@@ -11,16 +11,14 @@ import torch
 from localmoe.catalog.catalog import Catalog
 from localmoe.core.errors import StripeError
 from localmoe.core.model import ExpertId, WeightFormat
-from localmoe.core.request import RequestFailed
 from localmoe.engine.budget import MemoryPlan
 from localmoe.engine.config import EngineConfig
-from localmoe.engine.engine import Engine
 from localmoe.engine.load import load_decoder, load_tiered
 from localmoe.formats.store import Store
 from localmoe.formats.stripes import Stripe
 from localmoe.models.decoder import Decoder
 from localmoe.tiers.config import TiersConfig
-from support.models import greedy, kernels_under_test, make_engine, paged_logits
+from support.models import kernels_under_test, make_engine, outcome, paged_logits
 
 MODEL = "distinct-experts"
 PROMPT = [5, 17, 3, 99, 42, 8, 61, 23, 2, 77, 31, 12]
@@ -51,18 +49,6 @@ def tiered(store_path: Path, stripes: list[Path]) -> Decoder:
             slot_bytes=store.blob_bytes,
         )
         return load_tiered(store, kernels_under_test(), plan, TiersConfig(stripes=tuple(map(str, stripes))))[0]
-
-
-def outcome(engine: Engine) -> list[int] | str:
-    """The tokens of a request, or why it failed."""
-    engine.add(greedy("a", PROMPT, 6))
-    tokens: list[int] = []
-    while engine.has_work:
-        for output in engine.step():
-            if isinstance(output, RequestFailed):
-                return output.message
-            tokens += output.token_ids
-    return tokens
 
 
 def flip(path: Path, store_path: Path, experts: list[ExpertId]) -> None:

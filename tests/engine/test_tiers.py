@@ -12,10 +12,8 @@ import torch
 
 from localmoe.core.errors import ChecksumError, EngineStartError, StoreError
 from localmoe.core.model import ExpertId, ModelShape, WeightFormat
-from localmoe.core.request import RequestFailed
 from localmoe.engine.budget import MemoryPlan, plan_memory
 from localmoe.engine.config import EngineConfig
-from localmoe.engine.engine import Engine
 from localmoe.engine.estimate import PlannedStore
 from localmoe.engine.load import load_decoder, load_engine, load_tiered
 from localmoe.engine.relief import ExpertRelief
@@ -23,7 +21,7 @@ from localmoe.engine.tiered_experts import TieredExperts
 from localmoe.formats.store import Store
 from localmoe.models.decoder import Decoder
 from localmoe.tiers.config import DiskConfig, TiersConfig
-from support.models import greedy, kernels_under_test, make_engine, paged_logits, run
+from support.models import greedy, kernels_under_test, make_engine, outcome, paged_logits, run
 
 MODELS = ["distinct-experts", "dense", "olmoe", "qwen3_moe"]
 PROMPT = [5, 17, 3, 99, 42, 8, 61, 23, 2, 77, 31, 12]
@@ -108,18 +106,6 @@ def test_streamed_attention_gives_the_same_bits(tiny_home: Path, name: str) -> N
 def own_store(tiny_home: Path, tmp_path: Path) -> Path:
     """A store that a test may damage."""
     return Path(shutil.copy(store_path(tiny_home, "distinct-experts"), tmp_path / "own.store"))
-
-
-def outcome(engine: Engine) -> list[int] | str:
-    """The tokens of a request, or why it failed."""
-    engine.add(greedy("a", PROMPT, 4))
-    tokens: list[int] = []
-    while engine.has_work:
-        for output in engine.step():
-            if isinstance(output, RequestFailed):
-                return output.message
-            tokens += output.token_ids
-    return tokens
 
 
 def test_a_damaged_expert_fails_who_needs_it_and_nobody_after_it_is_mended(own_store: Path) -> None:

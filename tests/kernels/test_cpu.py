@@ -1,6 +1,10 @@
 """The C++ kernels but attention against the reference, and the same bits at every level, in every batch, on any
 number of threads."""
 
+import gc
+import weakref
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -98,11 +102,19 @@ def test_kernels_and_experts_may_go_while_computing(level: str) -> None:
     for _ in range(5):
         kernels = CpuKernels(level, 2, pin=False)
         matrices = [random_codes(WeightFormat.MXFP4, *size) for size in ((512, 256), (512, 256), (256, 512))]
+        memory = matrices[0].values.numpy().copy()
+        gate = replace(matrices[0], values=torch.from_numpy(memory))
         experts = kernels.experts(1, 256, 512, WeightFormat.MXFP4)
-        experts.place(0, ExpertWeights(gate=matrices[0], up=matrices[1], down=matrices[2]))
+        experts.place(0, ExpertWeights(gate=gate, up=matrices[1], down=matrices[2]))
         experts.begin(random(400, 256), torch.zeros(400, 1, dtype=torch.int32))
         experts.compute([0])
-        del matrices, experts, kernels
+        read = weakref.ref(memory)
+        del memory, gate, experts
+        gc.collect()
+        assert read() is not None, "the threads may be at it"
+        del kernels
+        gc.collect()
+        assert read() is None
 
 
 @each_level

@@ -13,7 +13,7 @@ from localmoe.catalog.catalog import DEMO_NAME
 from localmoe.config.settings import load_settings
 from localmoe.core.plans import SequenceStep
 from localmoe.core.protocols import Routed
-from localmoe.core.request import Request, SamplingParams, TokenChunk
+from localmoe.core.request import Request, RequestFailed, SamplingParams, TokenChunk
 from localmoe.engine.budget import MemoryPlan
 from localmoe.engine.config import EngineConfig, kv_bytes_per_token
 from localmoe.engine.engine import Engine
@@ -53,6 +53,18 @@ class FakeExperts:
 
     def __call__(self, routed: Routed[Tensor], x_TD: Tensor) -> None:
         self._compute(routed, x_TD)
+
+
+def outcome(engine: Engine) -> list[int] | str:
+    """The tokens of a request, always the same one, or why it failed."""
+    engine.add(greedy("a", [5, 17, 3, 99, 42, 8, 61, 23, 2, 77, 31, 12], 6))
+    tokens: list[int] = []
+    while engine.has_work:
+        for output in engine.step():
+            if isinstance(output, RequestFailed):
+                return output.message
+            tokens += output.token_ids
+    return tokens
 
 
 def routed_to(layer: int, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Routed[Tensor]:

@@ -171,7 +171,7 @@ def test_no_group_holds_more_than_its_share_and_what_is_in_use(
     rules = [f"layers.0.*={first}%", f"layers.[12].experts.[0-3]={second}%"]
     manager, policy = make(rules, num_slots, most_reads)
     groups = [(quota.experts_LE, num_slots * quota.percent // 100) for quota in quotas(rules, *SIZE)]
-    walk(manager, policy, seed, groups)
+    assert walk(manager, policy, seed, groups), "something was read"
 
 
 @given(st.integers(4, 24), st.integers(1, 9), st.integers(0, 2**32))
