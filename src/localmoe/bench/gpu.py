@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -109,6 +110,14 @@ class _Always(Split):
         return len(work.ram) if self._fetches else 0
 
 
+_SPLITS: dict[str, Callable[[], Split]] = {
+    "automatic": Split,
+    "fetch_all": partial(_Always, True),
+    "fetch_none": partial(_Always, False),
+}
+"""How the GPU and the processor may share the experts that are not on the GPU."""
+
+
 def require_gpu(setting: str) -> torch.device:
     """The GPU that a setting means; of `cpu` and `auto`, the first.
 
@@ -168,13 +177,9 @@ def measure_gpu(
         _, cpu_decoded = measure_steps(store, cpu_kernels, config, steps)
         _release()
         hybrid = {}
-        for name, split in {
-            "automatic": Split(),
-            "fetch_all": _Always(True),
-            "fetch_none": _Always(False),
-        }.items():
+        for name, split in _SPLITS.items():
             say(f"steps on both: {name}")
-            hybrid[name] = measure_hybrid(store, kernels, cpu_kernels, config, workload, split)
+            hybrid[name] = measure_hybrid(store, kernels, cpu_kernels, config, workload, split())
             _release()
         weights = store.weights
     return GpuReport(
