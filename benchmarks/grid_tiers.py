@@ -46,7 +46,8 @@ LAYERS_AHEAD = (0, 1, 2)
 QUEUE_DEPTHS = (4, 8, 16, 32)
 PROMPT_TOKENS = 128
 CONTEXT_TOKENS = 512
-WARM_STEPS = 16
+WARM_STEPS = 48
+"""Until every slot has been read into: the first time takes longer."""
 STEPS = 2
 """Of a turn."""
 TURNS = 24

@@ -26,7 +26,7 @@ PROMPT_TOKENS = 256
 DECODE_TOKENS = 24
 EPILOG = """examples:
   %(prog)s --workdir ~/peers
-  %(prog)s --workdir ~/peers --limits-mib 2048 --rounds 1 --options "--policy lru --prefetch-layers 0"
+  LOCALMOE_ENGINE__TIERS__POLICY=lru %(prog)s --workdir ~/peers --limits-mib 2048 --rounds 1
 """
 
 
@@ -42,7 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limits-mib", default="2048,3072", help="memory of each command (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: every core")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--options", default="", help="more words for `localmoe bench tiers`")
     parser.add_argument("--json", type=Path, help="where to write every figure")
     args = parser.parse_args(argv)
     setting = Setting(
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     limits = [int(limit) for limit in args.limits_mib.split(",")]
     try:
-        rounds = _measure(setting, limits, args.rounds, args.options.split())
+        rounds = _measure(setting, limits, args.rounds)
     except PeerError as error:
         say(str(error))
         return 1
@@ -68,15 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measure(
-    setting: Setting, limits_mib: Sequence[int], num_rounds: int, options: Sequence[str]
-) -> dict[str, list[dict[str, float]]]:
+def _measure(setting: Setting, limits_mib: Sequence[int], num_rounds: int) -> dict[str, list[dict[str, float]]]:
     """Figures by limit, one set a round. Raises PeerError."""
     llama = LlamaCpp(setting, "mxfp4")
     llama.prepare()
     gguf = setting.gguf("mxfp4")
     home = {"LOCALMOE_HOME": str(setting.workdir / "home")}
-    ours = [sys.executable, "-m", "localmoe", "bench", "tiers", "--json", "--shape", gguf, *options]
+    ours = [sys.executable, "-m", "localmoe", "bench", "tiers", "--json", "--shape", gguf, "--gpu-bytes", "0"]
     ours += ["--threads", str(setting.threads), "--prompt-tokens", str(PROMPT_TOKENS)]
     say("writing our store, outside every limit")
     run([*ours, "--ram-bytes", "2e9"], setting.log("tiers"), variables=home)

@@ -23,14 +23,12 @@ from localmoe.core.errors import ConfigError
 from localmoe.core.model import ModelShape, WeightFormat
 from localmoe.engine.budget import MemoryPlan
 from localmoe.engine.config import EngineConfig
-from localmoe.engine.load import load_decoder, load_device_engine, warm_up
-from localmoe.engine.load_experts import load_hybrid
+from localmoe.engine.load import load_decoder, load_device_engine, load_hybrid_decoder, warm_up
 from localmoe.formats.store import Store
 from localmoe.hardware.gpus import watch_utilisation
 from localmoe.hardware.memory import available_memory_bytes
 from localmoe.kernels.base import Kernels
 from localmoe.kernels.select import select_device
-from localmoe.models import architecture
 from localmoe.residency.split import LayerWork, Split
 from localmoe.tiers.device import DeviceArena
 from localmoe.tiers.host import HostArena
@@ -48,13 +46,9 @@ _SAMPLE_S = 0.2
 """Between two looks at the utilisation, which NVML forms over up to a second."""
 
 
-class GpuReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured; figures of decoding are by the number of streams."""
+class LinkReport(msgspec.Struct, frozen=True, kw_only=True):
+    """How fast a GPU gets at bytes."""
 
-    gpu: str
-    cpu: str
-    shape: str
-    format: WeightFormat
     read_bandwidth_gb_s: float
     """Of the GPU's memory: best of sums over, and of copies within 4 GiB."""
     pinned_copy_gb_s: float
@@ -62,6 +56,11 @@ class GpuReport(msgspec.Struct, frozen=True, kw_only=True):
     expert_copy_gb_s: float
     """The same, expert by expert."""
     expert_copy_fraction: float
+
+
+class StepReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Whole steps with all experts on the GPU; figures of decoding are by the number of streams."""
+
     prompt_tokens: int
     prefill_tok_s: float
     aggregate_tok_s: dict[int, float]
@@ -71,15 +70,15 @@ class GpuReport(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of a step by its mean time, as a share of the GPU's read bandwidth."""
     cpu_aggregate_tok_s: dict[int, float]
     """The same steps on the processor alone."""
-    device_share: float
-    """Of the experts, that are on the GPU in what follows."""
-    hybrid_tok_s: dict[int, dict[str, float]]
-    """Of the same steps, where the GPU fetches what the split finds (`automatic`), all that is in RAM
-    (`fetch_all`), or nothing (`fetch_none`)."""
+
+
+class ServedReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Many requests at once, with all experts on the GPU."""
+
     streams: int
-    """Open at a time, in what follows; all experts are on the GPU."""
-    stream_prompt_tokens: int
-    stream_output_tokens: int
+    """Open at a time."""
+    prompt_tokens: int
+    output_tokens: int
     saturated_tok_s: float
     utilisation: float | None
     """Mean share of time in which the GPU computed, while saturated, as NVML says; None: it does not."""
@@ -87,6 +86,23 @@ class GpuReport(msgspec.Struct, frozen=True, kw_only=True):
     """Poisson, as many a second as the engine finished while saturated."""
     mean_first_token_ms: float
     p95_first_token_ms: float
+
+
+class GpuReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What was measured."""
+
+    gpu: str
+    cpu: str
+    shape: str
+    format: WeightFormat
+    links: LinkReport
+    steps: StepReport
+    device_share: float
+    """Of the experts, that are on the GPU in `hybrid_tok_s`."""
+    hybrid_tok_s: dict[int, dict[str, float]]
+    """Of the same steps by the number of streams, where the GPU fetches what the split finds (`automatic`), all that
+    is in RAM (`fetch_all`), or nothing (`fetch_none`)."""
+    served: ServedReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,15 +177,11 @@ def measure_gpu(
     )
     kernels = GpuKernels(device)
     say("streams on the GPU")
-    served = _Served.measure(model.shape, store_path, kernels, config, streams)
+    served = measure_served(model.shape, store_path, kernels, config, streams)
     _release()
-    say("reading the GPU's memory")
-    bandwidth = device_read_bytes_s(device)
-    say("copying to the GPU")
-    pinned = gpu_copy_bytes_s()
-    assert pinned is not None, "there is a GPU"
     with Store.open(store_path) as store:
-        copied = expert_copy_bytes_s(store, device)
+        say("reading the GPU's memory, and copying to it")
+        links = measure_links(store, device)
         say("steps on the GPU")
         prefill_s, decoded = measure_steps(store, kernels, config, steps)
         _release()
@@ -182,31 +194,24 @@ def measure_gpu(
             hybrid[name] = measure_hybrid(store, kernels, cpu_kernels, config, workload, split())
             _release()
         weights = store.weights
+    roof_bytes_s = 1e9 * links.read_bandwidth_gb_s
     return GpuReport(
         gpu=torch.cuda.get_device_name(device),
         cpu=f"{cpu_name()}: {cpu_kernels.name}",
         shape=model.name,
         format=weights,
-        read_bandwidth_gb_s=bandwidth / 1e9,
-        pinned_copy_gb_s=pinned / 1e9,
-        expert_copy_gb_s=copied / 1e9,
-        expert_copy_fraction=copied / pinned,
-        prompt_tokens=steps.prompt_tokens,
-        prefill_tok_s=steps.prompt_tokens / prefill_s,
-        aggregate_tok_s={n: n / d.step_s for n, d in decoded.items()},
-        step_bytes={n: d.step_bytes for n, d in decoded.items()},
-        roof_fraction={n: d.step_bytes / d.step_s / bandwidth for n, d in decoded.items()},
-        cpu_aggregate_tok_s={n: n / d.step_s for n, d in cpu_decoded.items()},
+        links=links,
+        steps=StepReport(
+            prompt_tokens=steps.prompt_tokens,
+            prefill_tok_s=steps.prompt_tokens / prefill_s,
+            aggregate_tok_s={n: n / d.step_s for n, d in decoded.items()},
+            step_bytes={n: d.step_bytes for n, d in decoded.items()},
+            roof_fraction={n: d.step_bytes / d.step_s / roof_bytes_s for n, d in decoded.items()},
+            cpu_aggregate_tok_s={n: n / d.step_s for n, d in cpu_decoded.items()},
+        ),
         device_share=workload.device_share,
         hybrid_tok_s={n: {name: rates[n] for name, rates in hybrid.items()} for n in steps.streams},
-        streams=streams.count,
-        stream_prompt_tokens=streams.prompt_tokens,
-        stream_output_tokens=streams.output_tokens,
-        saturated_tok_s=served.tok_s,
-        utilisation=served.utilisation,
-        arrivals_s=served.arrivals_s,
-        mean_first_token_ms=1e3 * statistics.mean(served.waits_s),
-        p95_first_token_ms=1e3 * quantile(served.waits_s, 0.95),
+        served=served,
     )
 
 
@@ -248,14 +253,25 @@ def measure_hybrid(
         num_device_slots=num_slots,
         slot_bytes=store.blob_bytes,
     )
-    experts = load_hybrid(store, kernels, cpu_kernels, plan, config, available_memory_bytes(), split)
-    decoder = architecture({"model_type": store.shape.model_type})(store.shape, store, experts, kernels)
+    decoder, _ = load_hybrid_decoder(store, kernels, cpu_kernels, plan, config, available_memory_bytes(), split)
     bench = StepBench(decoder, kernels, store.weights, config, workload.steps)
     rates = {}
     for num_streams in workload.steps.streams:
         bench.decode(num_streams)  # the split learns, kernels are compiled
         rates[num_streams] = num_streams / bench.decode(num_streams).step_s
     return rates
+
+
+def measure_links(store: Store, device: torch.device) -> LinkReport:
+    """What reads and copies reach. Raises EngineStartError: the memory is not to be had."""
+    pinned_bytes_s, expert_bytes_s = gpu_copy_bytes_s(), expert_copy_bytes_s(store, device)
+    assert pinned_bytes_s is not None, "there is a GPU"
+    return LinkReport(
+        read_bandwidth_gb_s=device_read_bytes_s(device) / 1e9,
+        pinned_copy_gb_s=pinned_bytes_s / 1e9,
+        expert_copy_gb_s=expert_bytes_s / 1e9,
+        expert_copy_fraction=expert_bytes_s / pinned_bytes_s,
+    )
 
 
 def device_read_bytes_s(device: torch.device) -> float:
@@ -302,40 +318,40 @@ def expert_copy_bytes_s(store: Store, device: torch.device) -> float:
     return max(rates)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Served:
-    """What came of the streams."""
+def measure_served(
+    shape: ModelShape, store_path: Path, kernels: Kernels, config: EngineConfig, streams: Streams
+) -> ServedReport:
+    """Keep an engine saturated, then let requests arrive as fast as it finished them.
 
-    tok_s: float
-    utilisation: float | None
-    arrivals_s: float
-    waits_s: list[float]
+    Raises:
+        EngineFaultError: a request failed.
+        EngineStartError: the model does not fit in the GPU's memory.
+    """
+    free_bytes, _ = torch.cuda.mem_get_info(kernels.device)
+    engine = load_device_engine("bench", store_path, kernels, config, free_bytes, available_memory_bytes())
+    warm_up(engine)
+    driver = StreamDriver(engine, shape.vocab_size, streams)
+    driver.saturated(lambda: None)  # steps of every size are compiled and captured
+    seen: list[float] = []
+    uuid = str(torch.cuda.get_device_properties(kernels.device).uuid)
+    with watch_utilisation(uuid) as look:
+        last_s = time.perf_counter()
 
-    @classmethod
-    def measure(
-        cls, shape: ModelShape, store_path: Path, kernels: Kernels, config: EngineConfig, streams: Streams
-    ) -> "_Served":
-        free_bytes, _ = torch.cuda.mem_get_info(kernels.device)
-        engine = load_device_engine("bench", store_path, kernels, config, free_bytes, available_memory_bytes())
-        warm_up(engine)
-        driver = StreamDriver(engine, shape.vocab_size, streams)
-        driver.saturated(lambda: None)  # steps of every size are compiled and captured
-        seen: list[float] = []
-        uuid = str(torch.cuda.get_device_properties(kernels.device).uuid)
-        with watch_utilisation(uuid) as look:
-            last_s = time.perf_counter()
+        def sample() -> None:
+            nonlocal last_s
+            if look is not None and time.perf_counter() - last_s >= _SAMPLE_S:
+                seen.append(look())
+                last_s = time.perf_counter()
 
-            def sample() -> None:
-                nonlocal last_s
-                if look is not None and time.perf_counter() - last_s >= _SAMPLE_S:
-                    seen.append(look())
-                    last_s = time.perf_counter()
-
-            saturated = driver.saturated(sample)
-        waits_s = driver.times_to_first_token(saturated.requests_s)
-        return cls(
-            tok_s=saturated.tok_s,
-            utilisation=statistics.mean(seen) if seen else None,
-            arrivals_s=saturated.requests_s,
-            waits_s=waits_s,
-        )
+        saturated = driver.saturated(sample)
+    waits_s = driver.times_to_first_token(saturated.requests_s)
+    return ServedReport(
+        streams=streams.count,
+        prompt_tokens=streams.prompt_tokens,
+        output_tokens=streams.output_tokens,
+        saturated_tok_s=saturated.tok_s,
+        utilisation=statistics.mean(seen) if seen else None,
+        arrivals_s=saturated.requests_s,
+        mean_first_token_ms=1e3 * statistics.mean(waits_s),
+        p95_first_token_ms=1e3 * quantile(waits_s, 0.95),
+    )

@@ -3,9 +3,11 @@
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
+import torch
 
 from localmoe.bench.engine import DECODE_STEPS, PREFILLS, StepBench, Workload, cache_blocks, check_context
 from localmoe.bench.machine import cpu_name, disk_bandwidth_bytes_s
@@ -13,17 +15,23 @@ from localmoe.bench.shapes import BenchModel
 from localmoe.core.errors import ConfigError
 from localmoe.core.events import TierState
 from localmoe.core.model import WeightFormat
-from localmoe.engine.budget import MemoryPlan, plan_memory
+from localmoe.engine.budget import MemoryPlan, plan_device_memory, plan_memory, ram_budget_bytes
 from localmoe.engine.config import EngineConfig, kv_bytes_per_token
-from localmoe.engine.load import load_tiered
+from localmoe.engine.hybrid_experts import HybridExperts
+from localmoe.engine.load import load_hybrid_decoder, load_tiered
+from localmoe.engine.tiered_experts import TieredExperts
 from localmoe.formats.store import Store
 from localmoe.kernels.base import Kernels
+from localmoe.models.decoder import Decoder
+from localmoe.residency.split import Split
 
 
 class TiersReport(msgspec.Struct, frozen=True, kw_only=True):
     """What was measured; decoding is of one stream."""
 
     machine: str
+    gpu: str | None
+    """None: everything was computed on the processor."""
     level: str
     threads: int
     shape: str
@@ -34,6 +42,10 @@ class TiersReport(msgspec.Struct, frozen=True, kw_only=True):
     """The budget, the reserve taken off."""
     num_slots: int
     """Experts that fit in it."""
+    gpu_bytes: int
+    """The budget of the GPU's memory; 0: there is none."""
+    num_device_slots: int
+    """Experts that fit in that."""
     num_experts: int
     """Of all layers."""
     prompt_tokens: int
@@ -41,7 +53,7 @@ class TiersReport(msgspec.Struct, frozen=True, kw_only=True):
     prefill_disk_gb_s: float
     decode_tok_s: float
     hit_rate: float
-    """Uses of an expert that found it kept from an earlier use."""
+    """Uses of an expert that found it kept from an earlier use, in RAM or on the GPU."""
     missed_bytes_per_token: float
     """Of experts that a token used and that were not kept."""
     read_bytes_per_token: float
@@ -60,6 +72,7 @@ def measure_tiers(
     model: BenchModel,
     store_path: Path,
     kernels: Kernels,
+    gpu_kernels: Kernels | None,
     config: EngineConfig,
     workload: Workload,
     available_bytes: int,
@@ -68,9 +81,11 @@ def measure_tiers(
     """Measure a store under a memory budget.
 
     Args:
-        config: with the budget and the policy in its `tiers`.
+        kernels: of the processor.
+        gpu_kernels: of the GPU that computes what fits there; None: the processor computes everything.
+        config: with the budgets and the policy in its `tiers`.
         workload: one stream.
-        available_bytes: memory, beside what the process has already taken.
+        available_bytes: RAM, beside what the process has already taken.
         say: told what is being measured.
 
     Raises:
@@ -81,32 +96,67 @@ def measure_tiers(
     check_context(model, workload)
     with Store.open(store_path) as store:
         config = _config_for(workload, config, store)
-        plan = plan_memory(store, kernels, config, available_bytes)
-        if plan.num_slots is None:
-            raise ConfigError(
-                f"{model.name} fits in {plan.budget_bytes} bytes of memory; give less with --ram-bytes, or measure "
-                f"it with `localmoe bench engine`"
-            )
+        plan = _plan(model, store, kernels, gpu_kernels, config, available_bytes)
         say(str(plan))
         say("reading the disk")
         before = disk_bandwidth_bytes_s(store_path, store.blob_bytes, config.tiers.disk)
         say("loading the dense weights")
-        steps = _steps(store, kernels, plan, config, workload, say)
+        load = partial(_load, store, kernels, gpu_kernels, plan, config, available_bytes)
+        steps = _steps(load, gpu_kernels or kernels, store.weights, config, workload, say)
         say("reading the disk once more")
         disk_bytes_s = max(before, disk_bandwidth_bytes_s(store_path, store.blob_bytes, config.tiers.disk))
-        return _report(model, store, kernels, plan, config, steps, disk_bytes_s)
+    assert config.num_threads is not None
+    return TiersReport(
+        machine=cpu_name(),
+        gpu=None if gpu_kernels is None else gpu_kernels.name,
+        level=kernels.level,
+        threads=config.num_threads,
+        shape=model.name,
+        format=store.weights,
+        policy=config.tiers.policy,
+        prefetch_layers=config.tiers.prefetch_layers,
+        ram_bytes=ram_budget_bytes(config, available_bytes),
+        gpu_bytes=0 if gpu_kernels is None else plan.budget_bytes,
+        num_slots=steps.ended.num_slots,
+        num_device_slots=steps.ended.device_slots,
+        num_experts=steps.ended.num_experts,
+        prompt_tokens=workload.prompt_tokens,
+        prefill_tok_s=workload.prompt_tokens / statistics.median(steps.prefill_s),
+        prefill_disk_gb_s=(steps.prefilled.disk_bytes - steps.loaded.disk_bytes) / sum(steps.prefill_s) / 1e9,
+        disk_gb_s=disk_bytes_s / 1e9,
+        **steps.decoded(store.blob_bytes, disk_bytes_s),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Steps:
-    """What steps took, and what was read meanwhile."""
+    """What steps took, and totals in between."""
 
-    prompt_tokens: int
+    loaded: TierState
     prefill_s: list[float]
-    prefill: tuple[TierState, TierState]
-    """Before and after."""
+    prefilled: TierState
+    begun: TierState
+    """Decoding, after some tokens that do not count."""
     decode_s: list[float]
-    decode: tuple[TierState, TierState]
+    ended: TierState
+
+    def decoded(self, blob_bytes: int, disk_bytes_s: float) -> dict[str, float]:
+        """What the report says of a decoded token."""
+        begun, ended = self.begun, self.ended
+        num_tokens, step_s = len(self.decode_s), statistics.mean(self.decode_s)
+        compute_s = step_s - (ended.stall_s - begun.stall_s) / num_tokens
+        misses = ended.misses - begun.misses
+        hits = ended.hits + ended.device_hits - begun.hits - begun.device_hits
+        missed_bytes = misses * blob_bytes / num_tokens
+        return {
+            "decode_tok_s": 1 / step_s,
+            "hit_rate": hits / (hits + misses),
+            "missed_bytes_per_token": missed_bytes,
+            "read_bytes_per_token": (ended.disk_bytes - begun.disk_bytes) / num_tokens,
+            "compute_ms": 1e3 * compute_s,
+            "stall_ms": 1e3 * (step_s - compute_s),
+            "limit_fraction": max(compute_s, missed_bytes / disk_bytes_s) / step_s,
+        }
 
 
 def _config_for(workload: Workload, config: EngineConfig, store: Store) -> EngineConfig:
@@ -121,78 +171,68 @@ def _config_for(workload: Workload, config: EngineConfig, store: Store) -> Engin
     )
 
 
-def _steps(
+def _plan(
+    model: BenchModel,
     store: Store,
     kernels: Kernels,
+    gpu_kernels: Kernels | None,
+    config: EngineConfig,
+    available_bytes: int,
+) -> MemoryPlan:
+    """Of the GPU's memory where that computes, else of RAM. Raises ConfigError: not everything is to fit there."""
+    if gpu_kernels is None:
+        plan = plan_memory(store, kernels, config, available_bytes)
+        is_whole, option, command = plan.num_slots is None, "--ram-bytes", "engine"
+    else:
+        free_bytes, _ = torch.cuda.mem_get_info(gpu_kernels.device)
+        plan = plan_device_memory(store, config, free_bytes)
+        is_whole, option, command = plan.num_device_slots == len(store.expert_entries), "--gpu-bytes", "gpu"
+    if is_whole:
+        raise ConfigError(
+            f"{model.name} fits in {plan.budget_bytes} bytes of memory; give less with {option}, or measure it with "
+            f"`localmoe bench {command}`"
+        )
+    return plan
+
+
+def _load(
+    store: Store,
+    kernels: Kernels,
+    gpu_kernels: Kernels | None,
     plan: MemoryPlan,
+    config: EngineConfig,
+    available_bytes: int,
+) -> tuple[Decoder, TieredExperts | HybridExperts]:
+    if gpu_kernels is None:
+        return load_tiered(store, kernels, plan, config.tiers)
+    return load_hybrid_decoder(store, gpu_kernels, kernels, plan, config, available_bytes, Split())
+
+
+def _steps(
+    load: Callable[[], tuple[Decoder, TieredExperts | HybridExperts]],
+    kernels: Kernels,
+    weights: WeightFormat,
     config: EngineConfig,
     workload: Workload,
     say: Callable[[str], None],
 ) -> _Steps:
-    """Load the model, run it, and let go of it: its memory is all there is."""
-    decoder, _ = load_tiered(store, kernels, plan, config.tiers)
-    bench = StepBench(decoder, kernels, store.weights, config, workload)
-
-    def state() -> TierState:
-        found = decoder.experts.state()
-        assert found is not None, "not everything is in memory"
-        return found
-
+    """Load a model, run it, and let go of it: its memory is all there is."""
+    decoder, experts = load()
+    bench = StepBench(decoder, kernels, weights, config, workload)
     say(f"prefill of {workload.prompt_tokens} tokens")
-    started = state()
+    loaded = experts.state()
     prefill_s = [bench.step(1, workload.prompt_tokens, 0)[0] for _ in range(PREFILLS)]
-    prefilled = state()
+    prefilled = experts.state()
     say("decode")
     for position in range(DECODE_STEPS // 2):  # until the experts kept are those of decoding
         bench.step(1, 1, position)
-    begun = state()
+    begun = experts.state()
     decode_s = [bench.step(1, 1, position)[0] for position in range(DECODE_STEPS)]
     return _Steps(
-        prompt_tokens=workload.prompt_tokens,
+        loaded=loaded,
         prefill_s=prefill_s,
-        prefill=(started, prefilled),
+        prefilled=prefilled,
+        begun=begun,
         decode_s=decode_s,
-        decode=(begun, state()),
-    )
-
-
-def _report(
-    model: BenchModel,
-    store: Store,
-    kernels: Kernels,
-    plan: MemoryPlan,
-    config: EngineConfig,
-    steps: _Steps,
-    disk_bytes_s: float,
-) -> TiersReport:
-    assert plan.num_slots is not None
-    assert config.num_threads is not None
-    num_tokens, step_s = len(steps.decode_s), statistics.mean(steps.decode_s)
-    begun, ended = steps.decode
-    stall_s = (ended.stall_s - begun.stall_s) / num_tokens
-    misses, hits = ended.misses - begun.misses, ended.hits - begun.hits
-    missed_bytes = misses * store.blob_bytes / num_tokens
-    prefill_bytes = steps.prefill[1].disk_bytes - steps.prefill[0].disk_bytes
-    return TiersReport(
-        machine=cpu_name(),
-        level=kernels.level,
-        threads=config.num_threads,
-        shape=model.name,
-        format=store.weights,
-        policy=config.tiers.policy,
-        prefetch_layers=config.tiers.prefetch_layers,
-        ram_bytes=plan.budget_bytes,
-        num_slots=plan.num_slots,
-        num_experts=store.shape.num_layers * store.shape.num_experts,
-        prompt_tokens=steps.prompt_tokens,
-        prefill_tok_s=steps.prompt_tokens / statistics.median(steps.prefill_s),
-        prefill_disk_gb_s=prefill_bytes / sum(steps.prefill_s) / 1e9,
-        decode_tok_s=1 / step_s,
-        hit_rate=hits / (hits + misses),
-        missed_bytes_per_token=missed_bytes,
-        read_bytes_per_token=(ended.disk_bytes - begun.disk_bytes) / num_tokens,
-        disk_gb_s=disk_bytes_s / 1e9,
-        compute_ms=1e3 * (step_s - stall_s),
-        stall_ms=1e3 * stall_s,
-        limit_fraction=max(step_s - stall_s, missed_bytes / disk_bytes_s) / step_s,
+        ended=experts.state(),
     )

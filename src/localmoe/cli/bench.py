@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from localmoe.cli import bench_tables
 from localmoe.cli.progress import progress_bars
 from localmoe.config.settings import load_settings
 from localmoe.core.model import WeightFormat
 from localmoe.engine.config import EngineConfig
-from localmoe.tiers.config import MAX_PREFETCH_LAYERS
 
 if TYPE_CHECKING:
     from localmoe.bench.cache import CacheReport
@@ -25,6 +23,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine: the engine, or its kernels one by one.")
 
+Weights = Annotated[
+    Literal["mxfp4", "nvfp4", "int8", "bf16"],
+    typer.Option("--format", help="Format of the experts; a GGUF file's is mxfp4."),
+]
+StreamCounts = Annotated[str, typer.Option(help="Numbers of sequences to decode at once; 1 is always measured.")]
+PromptTokens = Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")]
 Threads = Annotated[
     int | None,
     typer.Option(min=1, max=1024, help="Compute threads; by default the server's setting, or one per core."),
@@ -47,16 +51,11 @@ def engine(
             "qwen3moe with MXFP4 experts and the rest Q8_0."
         ),
     ] = "olmoe-1b-7b",
-    weights: Annotated[
-        Literal["mxfp4", "nvfp4", "int8", "bf16"],
-        typer.Option("--format", help="Format of the experts; a GGUF file's is mxfp4."),
-    ] = "mxfp4",
+    weights: Weights = "mxfp4",
     threads: Threads = None,
     level: Level = None,
-    streams: Annotated[
-        str, typer.Option(help="Numbers of sequences to decode at once; 1 is always measured.")
-    ] = "1,2,4,8,16,32",
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 512,
+    streams: StreamCounts = "1,2,4,8,16,32",
+    prompt_tokens: PromptTokens = 512,
     as_json: AsJson = False,
 ) -> None:
     """Measure prefill and decode of whole steps, on seeded random weights or a GGUF file's, and random tokens.
@@ -89,19 +88,26 @@ def engine(
     if as_json:
         _print_json(report)
     else:
-        _print_engine(report)
+        bench_tables.print_engine(report)
 
 
 @app.command(
     epilog="Examples: localmoe bench tiers --ram-bytes 2e9 · localmoe bench tiers --shape qwen3-30b-a3b --json · "
-    "localmoe bench tiers --ram-bytes 2e9 --policy lru --prefetch-layers 0"
+    "localmoe bench tiers --gpu-bytes 8e9 --ram-bytes 8e9 · "
+    "LOCALMOE_ENGINE__TIERS__POLICY=lru localmoe bench tiers --ram-bytes 2e9"
 )
 def tiers(
     shape: Annotated[str, typer.Option(help="As of `localmoe bench engine`.")] = "olmoe-1b-7b",
-    weights: Annotated[
-        Literal["mxfp4", "nvfp4", "int8", "bf16"],
-        typer.Option("--format", help="Format of the experts; a GGUF file's is mxfp4."),
-    ] = "mxfp4",
+    weights: Weights = "mxfp4",
+    gpu_bytes: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1e18,
+            help="GPU memory to use, as 8e9; 0: none, the processor computes everything. By default the server's "
+            "settings, or what is free of the first GPU.",
+        ),
+    ] = None,
     ram_bytes: Annotated[
         float | None,
         typer.Option(
@@ -110,28 +116,15 @@ def tiers(
             help="RAM to use, as 2e9; by default the server's setting, or what the machine or control group allows.",
         ),
     ] = None,
-    policy: Annotated[
-        Literal["adaptive", "lru", "lfu"] | None,
-        typer.Option(help="Which experts to keep; by default the server's setting."),
-    ] = None,
-    prefetch_layers: Annotated[
-        int | None,
-        typer.Option(
-            min=0, max=MAX_PREFETCH_LAYERS, help="How many layers ahead to read; by default the server's setting."
-        ),
-    ] = None,
-    queue_depth: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Disk requests under way; by default measured.")
-    ] = None,
     threads: Threads = None,
     level: Level = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 256,
+    prompt_tokens: PromptTokens = 256,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model that does not fit in memory: experts come from the disk as they are needed.
 
     Uses the store that `localmoe bench engine` uses, and writes it if it is not there yet. Reads go past the page
-    cache, so that what is measured is the disk.
+    cache, so that what is measured is the disk. Policy, reading ahead and queue depth are the server's settings.
     """
     from localmoe.bench.engine import Workload
     from localmoe.bench.shapes import find_model
@@ -139,15 +132,13 @@ def tiers(
     from localmoe.bench.weights import ensure_store
     from localmoe.hardware.memory import available_memory_bytes
 
-    model = find_model(shape)
-    settings = load_settings()
+    model, settings = find_model(shape), load_settings()
+    gpu_kernels = _gpu_kernels(settings.engine.device, gpu_bytes)
     tiers = settings.engine.tiers
     tiers = replace(
         tiers,
+        vram_bytes=int(gpu_bytes) if gpu_bytes else tiers.vram_bytes,
         ram_bytes=tiers.ram_bytes if ram_bytes is None else int(ram_bytes),
-        policy=policy or tiers.policy,
-        prefetch_layers=tiers.prefetch_layers if prefetch_layers is None else prefetch_layers,
-        disk=replace(tiers.disk, queue_depth=queue_depth or tiers.disk.queue_depth),
     )
     num_threads = _num_threads(threads, settings.engine)
     config = replace(settings.engine, num_threads=num_threads, tiers=tiers)
@@ -155,11 +146,12 @@ def tiers(
     with progress_bars() as on_progress:
         path = ensure_store(model, WeightFormat(weights), settings.home, on_progress)
     workload = Workload(streams=(1,), prompt_tokens=prompt_tokens)
-    report = measure_tiers(model, path, kernels, config, workload, available_memory_bytes(), _say)
+    available_bytes = available_memory_bytes()
+    report = measure_tiers(model, path, kernels, gpu_kernels, config, workload, available_bytes, _say)
     if as_json:
         _print_json(report)
     else:
-        _print_tiers(report)
+        bench_tables.print_tiers(report)
 
 
 @app.command(
@@ -168,19 +160,14 @@ def tiers(
 )
 def gpu(
     shape: Annotated[str, typer.Option(help="As of `localmoe bench engine`.")] = "olmoe-1b-7b",
-    weights: Annotated[
-        Literal["mxfp4", "nvfp4", "int8", "bf16"],
-        typer.Option("--format", help="Format of the experts; a GGUF file's is mxfp4."),
-    ] = "mxfp4",
+    weights: Weights = "mxfp4",
     device: Annotated[
         str | None, typer.Option(help="Which GPU, as cuda:1; by default the server's setting, or the first.")
     ] = None,
     threads: Threads = None,
     level: Level = None,
-    streams: Annotated[
-        str, typer.Option(help="Numbers of sequences to decode at once; 1 is always measured.")
-    ] = "1,8,32,64",
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 512,
+    streams: StreamCounts = "1,8,32,64",
+    prompt_tokens: PromptTokens = 512,
     device_share: Annotated[
         float,
         typer.Option(min=0.0, max=1.0, help="Of the experts, that are on the GPU where the processor helps."),
@@ -214,7 +201,7 @@ def gpu(
     if as_json:
         _print_json(report)
     else:
-        _print_gpu(report)
+        bench_tables.print_gpu(report)
 
 
 @app.command(
@@ -253,7 +240,7 @@ def kernels(
     if as_json:
         _print_json(report)
     else:
-        _print_kernels(report)
+        bench_tables.print_kernels(report)
 
 
 @app.command(
@@ -282,7 +269,29 @@ def cache(
         for report in reports:
             _print_json(report)
     else:
-        _print_cache(reports)
+        bench_tables.print_cache(reports)
+
+
+def _gpu_kernels(setting: str, gpu_bytes: float | None) -> "Kernels | None":
+    """Kernels of the GPU that so much memory is to be used of; None where the processor computes everything.
+
+    Raises:
+        EngineStartError: a GPU is asked for and there is none, or it cannot run the kernels.
+    """
+    import torch
+
+    from localmoe.bench.gpu import require_gpu
+    from localmoe.kernels.select import select_device
+
+    if gpu_bytes == 0:
+        return None
+    device = select_device(setting) if gpu_bytes is None else require_gpu(setting)
+    if device.type == "cpu":
+        return None
+    from localmoe.kernels.gpu import GpuKernels
+
+    torch.cuda.set_device(device)
+    return GpuKernels(device)
 
 
 def _print_json(report: "EngineReport | GpuReport | KernelReport | TiersReport | CacheReport") -> None:
@@ -336,113 +345,3 @@ def _kernels(config: EngineConfig, level: str | None, num_threads: int) -> "Kern
 
     torch.set_num_threads(1)  # as when serving: torch's own threads would be in the way of the kernels'
     return select_kernels(level or config.cpu_level, num_threads, pin=config.pin_threads)
-
-
-def _print_engine(report: "EngineReport") -> None:
-    console = Console()
-    console.print(
-        f"{report.shape}, {report.format}, on {report.machine}: {report.level}, {report.threads} threads, which read "
-        f"{report.read_bandwidth_gb_s:.1f} GB/s",
-        highlight=False,
-    )
-    console.print(
-        f"prefill of {report.prompt_tokens} tokens: {report.prefill_tok_s:.0f} tok/s; a decoded token takes "
-        f"{report.bytes_per_token / 1e6:.0f} MB and shares {report.overlap:.0%} of its experts with the one before",
-        highlight=False,
-    )
-    table = Table("streams", "tok/s", "experts a layer", "MB a step", "GB/s", "of the roof")
-    for count, rate in report.aggregate_tok_s.items():
-        table.add_row(
-            str(count),
-            f"{rate:.1f}",
-            f"{report.distinct_experts[count]:.1f}",
-            f"{report.step_bytes[count] / 1e6:.0f}",
-            f"{report.read_gb_s[count]:.1f}",
-            f"{report.roof_fraction[count]:.0%}",
-        )
-    console.print(table)
-
-
-def _print_gpu(report: "GpuReport") -> None:
-    console = Console()
-    utilisation = "NVML does not say how busy" if report.utilisation is None else f"{report.utilisation:.0%} busy"
-    for line in (
-        f"{report.shape}, {report.format}, on {report.gpu}, which reads {report.read_bandwidth_gb_s:.0f} GB/s; "
-        f"beside it {report.cpu}",
-        f"copies to the GPU: {report.pinned_copy_gb_s:.1f} GB/s, experts {report.expert_copy_gb_s:.1f} GB/s "
-        f"({report.expert_copy_fraction:.0%})",
-        f"prefill of {report.prompt_tokens} tokens: {report.prefill_tok_s:.0f} tok/s",
-        f"{report.streams} streams of {report.stream_prompt_tokens} + {report.stream_output_tokens} tokens: "
-        f"{report.saturated_tok_s:.0f} tok/s, {utilisation}; at {report.arrivals_s:.1f} arrivals a second, the first "
-        f"token comes after {report.mean_first_token_ms:.0f} ms (95 % within {report.p95_first_token_ms:.0f} ms)",
-    ):
-        console.print(line, highlight=False)
-    table = Table("streams", "tok/s", "MB a step", "of the roof", "tok/s on the processor")
-    for count, rate in report.aggregate_tok_s.items():
-        table.add_row(
-            str(count),
-            f"{rate:.1f}",
-            f"{report.step_bytes[count] / 1e6:.0f}",
-            f"{report.roof_fraction[count]:.0%}",
-            f"{report.cpu_aggregate_tok_s[count]:.1f}",
-        )
-    console.print(table)
-    console.print(f"with {report.device_share:.0%} of the experts on the GPU, tok/s:", highlight=False)
-    table = Table("streams", "split", "fetches all", "fetches none", "by the better")
-    for count, rates in report.hybrid_tok_s.items():
-        found, *others = (rates[name] for name in ("automatic", "fetch_all", "fetch_none"))
-        table.add_row(str(count), *(f"{rate:.1f}" for rate in (found, *others)), f"{found / max(others):.2f}")
-    console.print(table)
-
-
-def _print_tiers(report: "TiersReport") -> None:
-    console = Console()
-    for line in (
-        f"{report.shape}, {report.format}, on {report.machine}: {report.level}, {report.threads} threads, "
-        f"{report.num_slots} of {report.num_experts} experts in memory, policy {report.policy}",
-        f"prefill of {report.prompt_tokens} tokens: {report.prefill_tok_s:.0f} tok/s, "
-        f"the disk at {report.prefill_disk_gb_s:.2f} GB/s",
-        f"decode: {report.decode_tok_s:.2f} tok/s; {report.hit_rate:.0%} of the experts were in memory, "
-        f"{report.missed_bytes_per_token / 1e6:.0f} MB a token were not, and {report.read_bytes_per_token / 1e6:.0f} "
-        f"MB were read",
-        f"a token computes {report.compute_ms:.1f} ms and waits {report.stall_ms:.1f} ms for the disk, which reads "
-        f"{report.disk_gb_s:.2f} GB/s: {report.limit_fraction:.0%} of the limit",
-    ):
-        console.print(line, highlight=False)
-
-
-def _print_cache(reports: "list[CacheReport]") -> None:
-    console = Console()
-    console.print(f"{reports[0].model}: {reports[0].num_uses} uses by decoded tokens", highlight=False)
-    table = Table("budget", "experts", "lru", "lfu", "ours", "belady", "gap closed")
-    for report in reports:
-        rates = (report.lru, report.lfu, report.ours, report.belady)
-        table.add_row(
-            f"{report.budget_fraction:.0%}",
-            str(report.num_slots),
-            *(f"{rate:.1%}" for rate in rates),
-            "" if report.gap_closed is None else f"{report.gap_closed:.0%}",
-        )
-    console.print(table)
-
-
-def _print_kernels(report: "KernelReport") -> None:
-    console = Console()
-    console.print(
-        f"{report.machine}: {report.level}, {report.threads} threads, "
-        f"which read {report.read_bandwidth_gb_s:.1f} GB/s",
-        highlight=False,
-    )
-    table = Table("kernel", "format", "tokens", "context", "us", "GB/s", "of the roof", "GFLOP/s")
-    for row in report.kernels:
-        table.add_row(
-            row.kernel,
-            row.format.value,
-            str(row.tokens),
-            "" if row.context_tokens is None else str(row.context_tokens),
-            f"{row.median_us:.0f}",
-            "" if row.gb_s is None else f"{row.gb_s:.1f}",
-            "" if row.roof_fraction is None else f"{row.roof_fraction:.0%}",
-            f"{row.gflop_s:.0f}",
-        )
-    console.print(table)

@@ -88,7 +88,7 @@ def settle_config(store: StoreSizes, kernels: Kernels, config: EngineConfig, ava
     Raises:
         EngineStartError: not even then.
     """
-    left_bytes = _budget_bytes(config, available_bytes)
+    left_bytes = ram_budget_bytes(config, available_bytes)
     left_bytes -= workspace_bytes(store.shape, config.max_num_batched_tokens, config.max_num_seqs)
     stored_bytes = kernels.memory_bytes(store.total_bytes, num_weights(store.shape))
     try:
@@ -119,7 +119,8 @@ def _settle(store: StoreSizes, config: EngineConfig, left_bytes: int, stored_byt
         return config.resolve(store.shape, store.weights, left_bytes - _dense_bytes(store))
 
 
-def _budget_bytes(config: EngineConfig, available_bytes: int) -> int:
+def ram_budget_bytes(config: EngineConfig, available_bytes: int) -> int:
+    """What the engine may take of the RAM available, the reserve taken off."""
     tiers = config.tiers
     return min(available_bytes, tiers.ram_bytes or available_bytes) - tiers.reserve_bytes
 
@@ -145,7 +146,7 @@ def plan_memory(store: StoreSizes, kernels: Kernels, config: EngineConfig, avail
     """
     shape = store.shape
     assert config.kv_cache_bytes is not None, "resolved"
-    budget_bytes = _budget_bytes(config, available_bytes)
+    budget_bytes = ram_budget_bytes(config, available_bytes)
     workspace = workspace_bytes(shape, config.max_num_batched_tokens, config.max_num_seqs)
     dense_bytes = _dense_bytes(store)
     slot_bytes = stride_bytes(store.blob_bytes)
@@ -226,7 +227,7 @@ def plan_host_slots(store: StoreSizes, kernels: Kernels, config: EngineConfig, a
         EngineStartError: not even two.
     """
     shape = store.shape
-    left_bytes = _budget_bytes(config, available_bytes)
+    left_bytes = ram_budget_bytes(config, available_bytes)
     left_bytes -= workspace_bytes(shape, config.max_num_batched_tokens, config.max_num_seqs)
     num_experts = shape.num_layers * shape.num_experts
     slot_bytes = max(stride_bytes(store.blob_bytes), kernels.memory_bytes(0, num_weights(shape) // num_experts))

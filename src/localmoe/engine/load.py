@@ -23,6 +23,7 @@ from localmoe.engine.dense import LoadedDense
 from localmoe.engine.engine import Engine
 from localmoe.engine.expert_threshold import with_threshold
 from localmoe.engine.experts import LocatedExperts, ResidentExperts
+from localmoe.engine.hybrid_experts import HybridExperts
 from localmoe.engine.insight import Insight
 from localmoe.engine.layer_stream import LayerStream
 from localmoe.engine.load_experts import load_hybrid, load_policies, load_tiered_experts
@@ -137,10 +138,12 @@ def _load_on_device(
         if plan.num_device_slots == len(store.expert_entries):
             store.check(num_threads)
             experts = ResidentExperts.mapped(store, kernels, on_device=True)
+            decoder = _decoder(store, store, experts, kernels)
         else:
             host_kernels = select_kernels(config.cpu_level, num_threads, pin=config.pin_threads)
-            experts = load_hybrid(store, kernels, host_kernels, plan, config, available_memory_bytes, Split())
-        decoder = _decoder(store, store, experts, kernels)
+            decoder, experts = load_hybrid_decoder(
+                store, kernels, host_kernels, plan, config, available_memory_bytes, Split()
+            )
         insight = _watch(decoder, experts, plan, store.blob_bytes, config)
         engine = Engine(model, decoder, kernels, config, insight, nothing_to_give)
     except torch.OutOfMemoryError as error:
@@ -184,6 +187,20 @@ def load_tiered(
         layer = decoder.layers[index]
         layer.attention = stream.attention(index, layer.attention)
     return decoder, experts
+
+
+def load_hybrid_decoder(
+    store: Store,
+    kernels: Kernels,
+    host_kernels: Kernels,
+    plan: MemoryPlan,
+    config: EngineConfig,
+    available_memory_bytes: int,
+    split: Split,
+) -> tuple[Decoder, HybridExperts]:
+    """The model of a store on a GPU, with as many experts there as the plan says; see `load_hybrid`."""
+    experts = load_hybrid(store, kernels, host_kernels, plan, config, available_memory_bytes, split)
+    return _decoder(store, store, experts, kernels), experts
 
 
 def _decoder(store: Store, dense: DenseWeights, experts: ExpertExecutor[Tensor], kernels: Kernels) -> Decoder:

@@ -205,6 +205,7 @@ class TieredExperts:
             size = _EXPERTS_AT_ONCE if waiting else len(ready)
             part, ready = ready[:size], ready[size:]
             experts.compute(part)  # returns when the part before is computed
+            manager.learn()
             manager.release(layer, computing)
             computing = part
             self._move()

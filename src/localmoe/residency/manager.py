@@ -7,6 +7,7 @@ An expert is absent, being read, or present in one slot of the arena. The caller
     expect     those of a following layer, as far as its router can tell ahead
     take_unwanted, plan    what to read no more, and what to read now into which slots
     arrived, dropped    how a read ended
+    learn      once reads are under way, and before anything is released
     release    these have been computed
     lend, return_loan, give_up, take_room, received    what passes between here and a device's memory
 
@@ -86,6 +87,9 @@ class ResidencyManager:
         self._state = np.zeros(size, np.int8)
         self._pins = np.zeros(size, np.int8)
         self._slots = np.full(size, -1, np.int32)
+        self._arrivals = np.zeros(size, np.int64)
+        """The number of the arrival that brought each expert; the latest has the highest."""
+        self._num_arrivals = 0
         self._lent = np.zeros(size, np.bool_)
         self._num_lent = 0
         """Slots that may not be emptied, since a device reads from them or writes into them."""
@@ -98,6 +102,8 @@ class ResidencyManager:
         self._ahead: set[int] = set()
         """Read, or being read, for layers that have not come yet."""
         self._unwanted: list[int] = []
+        self._unlearned: tuple[int, NDArray[np.integer], NDArray[np.integer]] | None = None
+        """What the policy has not been told yet: a layer, and what its prompts' and its decoded tokens use."""
         self.counters = ResidencyCounters()
 
     @property
@@ -121,10 +127,8 @@ class ResidencyManager:
         Returns:
             Experts that are present, and those that must be waited for.
         """
-        if len(prompt_TK):
-            self._policy.observe(layer, prompt_TK, prefill=True)
-        if len(decoded_TK):
-            self._policy.observe(layer, decoded_TK, prefill=False)
+        self.learn()
+        self._unlearned = (layer, prompt_TK, decoded_TK)
         used = distinct(decoded_TK)
         experts = [*used, *(expert for expert in distinct(prompt_TK) if expert not in used)]
         first = layer * self._num_experts
@@ -142,6 +146,17 @@ class ResidencyManager:
         self.counters.hits += len(present) - num_useful
         self.counters.misses += len(awaited) + num_useful
         return present, awaited
+
+    def learn(self) -> None:
+        """Tell the policy what the layer at hand uses. Later than `need`, so that reads need not wait for it: what is
+        used is pinned until it is released, whatever its value."""
+        if self._unlearned is None:
+            return
+        (layer, prompt_TK, decoded_TK), self._unlearned = self._unlearned, None
+        if len(prompt_TK):
+            self._policy.observe(layer, prompt_TK, prefill=True)
+        if len(decoded_TK):
+            self._policy.observe(layer, decoded_TK, prefill=False)
 
     def expect(self, layer: int, experts: Sequence[int]) -> None:
         """A layer after the one at hand will probably use these, the likeliest first. Nearer layers come first."""
@@ -193,8 +208,11 @@ class ResidencyManager:
 
     def arrived(self, expert: ExpertId) -> None:
         """A read ended well."""
-        self._state[self._index(expert)] = _PRESENT
+        index = self._index(expert)
+        self._state[index] = _PRESENT
         self._num_reading -= 1
+        self._num_arrivals += 1
+        self._arrivals[index] = self._num_arrivals
 
     def dropped(self, expert: ExpertId) -> None:
         """A read was cancelled or failed: the expert is absent again."""
@@ -375,6 +393,8 @@ class ResidencyManager:
         """Who is to go before anybody else if these come: first those whose own group's come."""
         own: list[int] = []
         others: list[int] = []
+        if not self._quotas:
+            return own
         values = self._policy.values().ravel()
         for members, percent in self._quotas:
             num_incoming = int(np.count_nonzero(members[incoming]))
@@ -387,7 +407,8 @@ class ResidencyManager:
 
     def _victims(self, incoming: Sequence[int], count: int, highest_pin: int) -> list[int]:
         """The present experts that are beyond a quota, then those worth least, the least first; fewer than `count` if
-        there are no more.
+        there are no more. Of those worth the same the one that came last: what lies in its slot is likelier to be in
+        the processor's cache, where writing over it is faster.
 
         Args:
             incoming: who takes their slots.
@@ -397,13 +418,15 @@ class ResidencyManager:
         is_evictable = (self._state == _PRESENT) & ~self._lent
         is_evictable[chosen] = False
         for pin in range(_FREE, highest_pin + 1):
-            candidates = np.flatnonzero(is_evictable & (self._pins == pin))
             left = count - len(chosen)
+            if left == 0:
+                break
+            candidates = np.flatnonzero(is_evictable & (self._pins == pin))
             if len(candidates) > left:
-                candidates = (
-                    candidates[np.argpartition(values[candidates], left)[:left]] if left else candidates[:0]
-                )
-            chosen += candidates[np.argsort(values[candidates])].tolist()
+                least = np.partition(values[candidates], left - 1)[left - 1]
+                candidates = candidates[values[candidates] <= least]
+            order = np.lexsort((-self._arrivals[candidates], values[candidates]))
+            chosen += candidates[order[:left]].tolist()
         return chosen
 
     def _evict(self, index: int) -> None:

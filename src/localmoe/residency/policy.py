@@ -80,6 +80,9 @@ class Adaptive:
     Both give the logarithm of a rate. A layer's turn comes once a step, and a use later in the step is worth a
     little less: layers that have just passed give way to those about to come.
 
+    Rates that differ by less than a fifth are equal, since they are not known any better. It leaves whoever holds the
+    experts a choice.
+
     A prompt's experts are many, and few of them are used again soon, so its tokens count less. They do not age what
     was decoded before: after the longest prompt, its uses stand beside those of decoding, which go on from there.
     """
@@ -95,6 +98,8 @@ class Adaptive:
     """How much it falls where the use comes a whole step later."""
     _MIN_RATE = 1e-4
     """Of an expert never used, in uses a token."""
+    _RESOLUTION = 0.2
+    """Of the logarithm of the rate."""
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         half_lives = np.array(self._HALF_LIVES_TOKENS, np.float64)
@@ -130,7 +135,7 @@ class Adaptive:
         # This layer's next turn is in the next step. One whose turn in this step is yet to come was last judged in
         # the step before, and has lost a step's cost less.
         log_rates -= self._DELAY_COST * (self._step + layer / self._num_layers)
-        self._values[layer] = log_rates
+        self._values[layer] = np.floor(log_rates / self._RESOLUTION)
 
     def values(self) -> NDArray[np.float64]:
         return self._values

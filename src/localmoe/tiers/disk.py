@@ -38,7 +38,7 @@ _USUAL_DEPTH = 16
 """Where measuring says nothing: files that are small or come from the page cache."""
 _DEPTH_TOLERANCE = 0.15
 """What a deeper queue must bring to be worth it: the kernel serves all it has at once, so what was read ahead slows
-what a layer waits for. A queue of 8 where 4 kept the disk busy cost 7 to 17 % of a decode step, one of 16 up to 20 %."""
+what a layer waits for. Where 4 kept the disk busy, 8 cost 7 to 17 % of a decode step, and 16 up to 20 %."""
 _MEASURE_S = 0.5
 _MEASURE_ROUNDS = 3
 _LEAST_MEASURED_BYTES = 256 << 20

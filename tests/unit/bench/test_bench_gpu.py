@@ -16,7 +16,15 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from localmoe.bench import gpu
 from localmoe.bench.engine import Workload
-from localmoe.bench.gpu import GpuReport, GpuWorkload, measure_gpu, require_gpu
+from localmoe.bench.gpu import (
+    GpuReport,
+    GpuWorkload,
+    LinkReport,
+    ServedReport,
+    StepReport,
+    measure_gpu,
+    require_gpu,
+)
 from localmoe.bench.shapes import find_model
 from localmoe.bench.streams import Streams
 from localmoe.bench.weights import ensure_store
@@ -39,26 +47,22 @@ WORKLOAD = GpuWorkload(
 
 
 def check(report: GpuReport) -> None:
-    assert (report.shape, report.format, report.streams) == ("tiny", "mxfp4", 2)
-    for by_streams in (
-        report.aggregate_tok_s,
-        report.step_bytes,
-        report.roof_fraction,
-        report.cpu_aggregate_tok_s,
-    ):
+    assert (report.shape, report.format, report.served.streams) == ("tiny", "mxfp4", 2)
+    steps, links, served = report.steps, report.links, report.served
+    for by_streams in (steps.aggregate_tok_s, steps.step_bytes, steps.roof_fraction, steps.cpu_aggregate_tok_s):
         assert list(by_streams) == [1, 2]
         assert min(by_streams.values()) > 0
-    for count, rate in report.aggregate_tok_s.items():
-        read_gb_s = report.step_bytes[count] * rate / count / 1e9
-        assert report.roof_fraction[count] == pytest.approx(read_gb_s / report.read_bandwidth_gb_s)
-    assert report.expert_copy_fraction == pytest.approx(report.expert_copy_gb_s / report.pinned_copy_gb_s)
-    assert report.arrivals_s == pytest.approx(report.saturated_tok_s / 2)
-    assert report.mean_first_token_ms > 0
+    for count, rate in steps.aggregate_tok_s.items():
+        read_gb_s = steps.step_bytes[count] * rate / count / 1e9
+        assert steps.roof_fraction[count] == pytest.approx(read_gb_s / links.read_bandwidth_gb_s)
+    assert links.expert_copy_fraction == pytest.approx(links.expert_copy_gb_s / links.pinned_copy_gb_s)
+    assert served.arrivals_s == pytest.approx(served.saturated_tok_s / 2)
+    assert served.mean_first_token_ms > 0
+    assert served.utilisation is None or 0 <= served.utilisation <= 1
     assert list(report.hybrid_tok_s) == [1, 2]
     for rates in report.hybrid_tok_s.values():
         assert list(rates) == ["automatic", "fetch_all", "fetch_none"]
         assert min(rates.values()) > 0
-    assert report.utilisation is None or 0 <= report.utilisation <= 1
 
 
 def measure(home: Path, device: torch.device, workload: GpuWorkload = WORKLOAD) -> GpuReport:
@@ -123,26 +127,29 @@ def test_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_jso
         cpu="a processor",
         shape="tiny",
         format=WeightFormat.MXFP4,
-        read_bandwidth_gb_s=100.0,
-        pinned_copy_gb_s=20.0,
-        expert_copy_gb_s=18.0,
-        expert_copy_fraction=0.9,
-        prompt_tokens=4,
-        prefill_tok_s=1000.0,
-        aggregate_tok_s={1: 100.0},
-        step_bytes={1: 5e8},
-        roof_fraction={1: 0.5},
-        cpu_aggregate_tok_s={1: 10.0},
+        links=LinkReport(
+            read_bandwidth_gb_s=100.0, pinned_copy_gb_s=20.0, expert_copy_gb_s=18.0, expert_copy_fraction=0.9
+        ),
+        steps=StepReport(
+            prompt_tokens=4,
+            prefill_tok_s=1000.0,
+            aggregate_tok_s={1: 100.0},
+            step_bytes={1: 5e8},
+            roof_fraction={1: 0.5},
+            cpu_aggregate_tok_s={1: 10.0},
+        ),
         device_share=0.5,
         hybrid_tok_s={1: {"automatic": 45.0, "fetch_all": 30.0, "fetch_none": 40.0}},
-        streams=2,
-        stream_prompt_tokens=3,
-        stream_output_tokens=2,
-        saturated_tok_s=50.0,
-        utilisation=None,
-        arrivals_s=25.0,
-        mean_first_token_ms=7.0,
-        p95_first_token_ms=11.0,
+        served=ServedReport(
+            streams=2,
+            prompt_tokens=3,
+            output_tokens=2,
+            saturated_tok_s=50.0,
+            utilisation=None,
+            arrivals_s=25.0,
+            mean_first_token_ms=7.0,
+            p95_first_token_ms=11.0,
+        ),
     )
     monkeypatch.setenv("LOCALMOE_HOME", str(tmp_path))
     monkeypatch.setattr(gpu, "require_gpu", lambda setting: torch.device("cpu"))
@@ -151,7 +158,7 @@ def test_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_jso
     result = CliRunner().invoke(app, ["bench", "gpu", *arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     if as_json:
-        assert json.loads(result.stdout)["roof_fraction"] == {"1": 0.5}
+        assert json.loads(result.stdout)["steps"]["roof_fraction"] == {"1": 0.5}
     else:
         text = " ".join(result.stdout.split())
         assert "on a GPU, which reads 100 GB/s" in text

@@ -104,7 +104,7 @@ def test_wrong_usage(runner: CliRunner, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [["--ram-bytes", "inf"], ["--ram-bytes", "nan"], ["--ram-bytes", "1e300"], ["--prefetch-layers", "257"]],
+    [["--ram-bytes", "inf"], ["--ram-bytes", "nan"], ["--ram-bytes", "1e300"], ["--gpu-bytes", "-1"]],
 )
 def test_tiers_of_no_size_are_wrong_usage(runner: CliRunner, wrong: list[str]) -> None:
     result = runner.invoke(app, ["bench", "tiers", *wrong])

@@ -74,6 +74,9 @@ def present(manager: ResidencyManager, layer: int, experts: Sequence[int]) -> li
 def test_absent_experts_are_read_once_in_the_order_given() -> None:
     manager, policy = make(num_slots=4)
     assert need(manager, 1, [5, 2], [7, 2]) == ([], [5, 2, 7])
+    assert policy.seen == []
+    manager.learn()
+    manager.learn()
     assert policy.seen == [(1, (7, 2), True), (1, (5, 2), False)]
     found = loads(manager)
     assert [load.expert for load in found] == [ExpertId(1, 5), ExpertId(1, 2), ExpertId(1, 7)]
@@ -347,6 +350,25 @@ def test_a_prefetched_expert_that_moves_out_was_not_useful_for_that() -> None:
     need(manager, 1, [5])  # computed here while it is copied
     assert manager.counters.prefetches_useful == 1
     assert manager.counters.prefetches_wasted == 0
+
+
+def test_of_equals_the_latest_goes() -> None:
+    manager, policy = make(num_slots=4)
+    for expert in (6, 2, 4, 1):
+        run_layer(manager, 0, [expert])
+    policy.prefer(0, 1, 1.0)  # the latest, but worth more
+    need(manager, 1, [3, 5])
+    assert [load.evicts for load in loads(manager)] == [ExpertId(0, 4), ExpertId(0, 2)]
+
+
+def test_every_use_is_learned_in_order() -> None:
+    manager, policy = make(num_slots=4)
+    need(manager, 0, [1])
+    need(manager, 1, [2])  # a layer that failed before it learned
+    manager.abandon()
+    need(manager, 0, [3])
+    manager.learn()
+    assert policy.seen == [(0, (1,), False), (1, (2,), False), (0, (3,), False)]
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "adaptive"])
