@@ -13,7 +13,6 @@ Prints Markdown.
 import argparse
 import itertools
 import json
-import os
 import random
 import statistics
 import sys
@@ -21,7 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from peers.process import OtherWork, say
@@ -36,12 +35,13 @@ from localmoe.engine.budget import MemoryPlan
 from localmoe.engine.config import EngineConfig
 from localmoe.engine.load import load_tiered
 from localmoe.formats.store import Store
+from localmoe.hardware.processors import num_processors
 from localmoe.kernels.base import Kernels
 from localmoe.kernels.select import select_kernels
+from localmoe.residency.policy import PolicyName
 from localmoe.tiers.config import TiersConfig
 from localmoe.tiers.host import stride_bytes
 
-Policy = Literal["lru", "lfu", "adaptive"]
 LAYERS_AHEAD = (0, 1, 2)
 QUEUE_DEPTHS = (4, 8, 16, 32)
 PROMPT_TOKENS = 128
@@ -101,7 +101,7 @@ def search(grid: Grid, auto: TiersConfig) -> dict[str, dict[str, float]]:
     """Ratios by choice: of the whole grid, and of those that looked best."""
     ratios: dict[str, float] = {}
     choices: dict[str, TiersConfig] = {}
-    for policy, ahead in itertools.product(get_args(Policy), LAYERS_AHEAD):
+    for policy, ahead in itertools.product(get_args(PolicyName), LAYERS_AHEAD):
         tiers = replace(auto, policy=policy, prefetch_layers=ahead)
         group = {
             f"{policy}, {ahead}, {depth}": replace(tiers, disk=replace(tiers.disk, queue_depth=depth))
@@ -123,9 +123,9 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings, other = load_settings(), OtherWork()
-    num_threads = settings.engine.num_threads or len(os.sched_getaffinity(0))
+    num_threads = settings.engine.num_threads or num_processors()
     kernels = select_kernels(settings.engine.cpu_level, num_threads, pin=settings.engine.pin_threads)
-    config = replace(settings.engine, num_threads=num_threads)
+    config = replace(settings.engine, num_threads=num_threads, tiers=TiersConfig())
     path = ensure_store(find_model(args.shape), WeightFormat.MXFP4, settings.home, lambda *_: None)
     found: dict[str, dict[str, dict[str, float]]] = {}
     with Store.open(path) as store:

@@ -194,6 +194,20 @@ def test_experts_take_less_where_memory_is_short(tiny_home: Path, caplog: pytest
     assert caplog.text.count("memory is short") == 2
 
 
+def test_memory_that_cannot_be_given_back_costs_nobody(
+    tiny_home: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shrink(num_slots: int) -> None:
+        raise StoreError("3 reads wait and none ended in 30 s")
+
+    decoder = tiered(store_path(tiny_home, "distinct-experts"), 20)
+    experts = experts_of(decoder)
+    monkeypatch.setattr(experts, "shrink", shrink)
+    ExpertRelief(experts, reserve_bytes=10 * experts.state().slot_bytes, fewest_slots=4)(0)
+    assert "nothing can be given back yet: 3 reads wait" in caplog.text
+    assert experts.state().num_slots == 20
+
+
 def test_damaged_or_missing_dense_weights_are_found_at_load(own_store: Path) -> None:
     with Store.open(own_store) as store:
         entry = next(entry for entry in store.dense_entries if entry.name == "layers.0.q")

@@ -173,7 +173,11 @@ def measure_gpu(
         raise ConfigError(f"the streams' prompts and answers do not fit the context of {model.name}")
     torch.cuda.set_device(device)
     config = replace(
-        config, device=str(device), speculation=False, max_num_seqs=_MOST_SEQS_PER_STREAM * streams.count
+        config,
+        device=str(device),
+        speculation=False,
+        max_num_seqs=_MOST_SEQS_PER_STREAM * streams.count,
+        tiers=replace(config.tiers, stripes=()),  # for other stores
     )
     kernels = GpuKernels(device)
     say("streams on the GPU")
@@ -182,33 +186,21 @@ def measure_gpu(
     with Store.open(store_path) as store:
         say("reading the GPU's memory, and copying to it")
         links = measure_links(store, device)
-        say("steps on the GPU")
-        prefill_s, decoded = measure_steps(store, kernels, config, steps)
-        _release()
-        say("steps on the processor")
-        _, cpu_decoded = measure_steps(store, cpu_kernels, config, steps)
-        _release()
+        say("steps on the GPU, and on the processor")
+        alone = _steps_report(store, kernels, cpu_kernels, config, steps, 1e9 * links.read_bandwidth_gb_s)
         hybrid = {}
         for name, split in _SPLITS.items():
             say(f"steps on both: {name}")
             hybrid[name] = measure_hybrid(store, kernels, cpu_kernels, config, workload, split())
             _release()
         weights = store.weights
-    roof_bytes_s = 1e9 * links.read_bandwidth_gb_s
     return GpuReport(
         gpu=torch.cuda.get_device_name(device),
         cpu=f"{cpu_name()}: {cpu_kernels.name}",
         shape=model.name,
         format=weights,
         links=links,
-        steps=StepReport(
-            prompt_tokens=steps.prompt_tokens,
-            prefill_tok_s=steps.prompt_tokens / prefill_s,
-            aggregate_tok_s={n: n / d.step_s for n, d in decoded.items()},
-            step_bytes={n: d.step_bytes for n, d in decoded.items()},
-            roof_fraction={n: d.step_bytes / d.step_s / roof_bytes_s for n, d in decoded.items()},
-            cpu_aggregate_tok_s={n: n / d.step_s for n, d in cpu_decoded.items()},
-        ),
+        steps=alone,
         device_share=workload.device_share,
         hybrid_tok_s={n: {name: rates[n] for name, rates in hybrid.items()} for n in steps.streams},
         served=served,
@@ -219,6 +211,28 @@ def _release() -> None:
     """Give the GPU back what nobody uses any more."""
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def _steps_report(
+    store: Store,
+    kernels: Kernels,
+    cpu_kernels: Kernels,
+    config: EngineConfig,
+    steps: Workload,
+    roof_bytes_s: float,
+) -> StepReport:
+    prefill_s, decoded = measure_steps(store, kernels, config, steps)
+    _release()
+    _, cpu_decoded = measure_steps(store, cpu_kernels, config, steps)
+    _release()
+    return StepReport(
+        prompt_tokens=steps.prompt_tokens,
+        prefill_tok_s=steps.prompt_tokens / prefill_s,
+        aggregate_tok_s={n: n / d.step_s for n, d in decoded.items()},
+        step_bytes={n: d.step_bytes for n, d in decoded.items()},
+        roof_fraction={n: d.step_bytes / d.step_s / roof_bytes_s for n, d in decoded.items()},
+        cpu_aggregate_tok_s={n: n / d.step_s for n, d in cpu_decoded.items()},
+    )
 
 
 def measure_steps(

@@ -188,5 +188,6 @@ def _half_on_disk(store: Store, kernels: Kernels, config: EngineConfig) -> Decod
         num_slots=num_slots,
         slot_bytes=slot_bytes,
     )
-    decoder, _ = load_tiered(store, kernels, plan, config.tiers)
+    # Stripes and placement rules are for other stores.
+    decoder, _ = load_tiered(store, kernels, plan, replace(config.tiers, stripes=(), placement=()))
     return decoder

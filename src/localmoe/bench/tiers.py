@@ -160,7 +160,7 @@ class _Steps:
 
 
 def _config_for(workload: Workload, config: EngineConfig, store: Store) -> EngineConfig:
-    """The same settings with room for the workload and no more."""
+    """The same settings with room for the workload and no more; stripes are for other stores."""
     kv_tokens = cache_blocks(workload, config.block_tokens) * config.block_tokens
     return replace(
         config,
@@ -168,6 +168,7 @@ def _config_for(workload: Workload, config: EngineConfig, store: Store) -> Engin
         kv_cache_dtype="bf16",
         max_num_batched_tokens=workload.prompt_tokens,
         max_num_seqs=1,
+        tiers=replace(config.tiers, stripes=()),
     )
 
 
@@ -220,6 +221,7 @@ def _steps(
     decoder, experts = load()
     bench = StepBench(decoder, kernels, weights, config, workload)
     say(f"prefill of {workload.prompt_tokens} tokens")
+    bench.step(1, workload.prompt_tokens, 0)  # a GPU's kernels are compiled
     loaded = experts.state()
     prefill_s = [bench.step(1, workload.prompt_tokens, 0)[0] for _ in range(PREFILLS)]
     prefilled = experts.state()

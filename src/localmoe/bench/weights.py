@@ -17,7 +17,7 @@ from torch import Tensor
 
 from localmoe.bench.shapes import BenchModel
 from localmoe.catalog.building import Progress
-from localmoe.core.errors import CheckpointError, ModelBuildError, StoreError
+from localmoe.core.errors import CheckpointError, ConfigError, ModelBuildError, StoreError
 from localmoe.core.model import ExpertId, ModelShape, WeightFormat
 from localmoe.formats.gguf import GGUFFile
 from localmoe.formats.packed import COLUMN_MULTIPLE, GROUP_ROWS, PackedMatrix, pack_matrix, packed_bytes
@@ -65,10 +65,13 @@ def ensure_store(model: BenchModel, weights: WeightFormat, home: Path, on_progre
         home: stores are in its directory `bench`.
 
     Raises:
+        ConfigError: a GGUF file's weights are of another format.
         StoreError: no store can have this shape in this format.
         CheckpointError: a tensor of the GGUF file is missing or is not of the expected kind.
         ModelBuildError: there is not the disk space, or writing failed.
     """
+    if model.gguf is not None and weights is not WeightFormat.MXFP4:
+        raise ConfigError(f"the weights of {model.name} are taken as they are, mxfp4, and cannot be {weights}")
     path = home / "bench" / f"{model.name}-{weights}.store"
     source = _source(model)
     if _is_there(path, model.shape, weights, source):

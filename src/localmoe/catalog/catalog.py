@@ -6,7 +6,7 @@ expert store per weight format. This module is free of torch, so that processes 
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -243,19 +243,26 @@ class Catalog:
             for number, directory in enumerate(directories, 1)
         ]
         with build_lock(self.path(name), on_progress), Store.open(store_path) as store:
-            old = [link for link in _stripe_links(self.path(name)) if link.name.startswith(f"{name}.{weights}.")]
+            old = {
+                link: link.resolve()
+                for link in _stripe_links(self.path(name))
+                if link.name.startswith(f"{name}.{weights}.")
+            }
+            # Linked before they are written, so that none that is there is ever unknown.
+            new = {store_path.parent / path.name: path for path in paths}
+            _remove_stripes({link: path for link, path in old.items() if new.get(link, path) != path})
+            for link, path in new.items():
+                if old.get(link) != path:
+                    link.symlink_to(path)
             for path in paths:
                 Stripe.at(path).write(store, partial(on_progress, f"writing {path.name}"))
-            for link in old:
-                if link.resolve() not in paths:
-                    link.resolve().unlink(missing_ok=True)
-                link.unlink()
-            for path in paths:
-                (store_path.parent / path.name).symlink_to(path)
+            _remove_stripes({link: path for link, path in old.items() if link not in new})
         return tuple(paths)
 
     def stripes(self, name: str) -> tuple[Path, ...]:
-        """The stripes of a model's stores. Raises ModelNotFoundError."""
+        """The stripes of a model's stores; none of a model that is only linked to. Raises ModelNotFoundError."""
+        if self.path(name).is_symlink():
+            return ()
         return tuple(link.resolve() for link in _stripe_links(self.path(name)))
 
     def remove(self, name: str) -> None:
@@ -324,6 +331,18 @@ def _entry(directory: Path) -> ModelEntry:
             if file.is_file() and file.suffix != _STRIPE_SUFFIX
         ),
     )
+
+
+def _remove_stripes(stripes: Mapping[Path, Path]) -> None:
+    """Delete stripes, by the links to them. Raises ModelBuildError."""
+    for link, path in stripes.items():
+        try:
+            path.unlink(missing_ok=True)
+            link.unlink()
+        except OSError as error:
+            raise ModelBuildError(
+                f"{path}: the old stripe cannot be deleted: {error.strerror}; if its disk is gone, delete {link}"
+            ) from error
 
 
 def _stripe_links(directory: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """`localmoe bench`: how fast this machine computes, held against how fast it reads memory."""
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -68,13 +69,10 @@ def engine(
     from localmoe.bench.machine import require_cpu_kernels
     from localmoe.bench.shapes import find_model
     from localmoe.bench.weights import ensure_store
-    from localmoe.core.errors import ConfigError
     from localmoe.hardware.memory import available_memory_bytes
 
     require_cpu_kernels()
     model, stored = find_model(shape), WeightFormat(weights)
-    if model.gguf is not None and stored is not WeightFormat.MXFP4:
-        raise ConfigError(f"--format is {weights!r}, but the weights of {model.name} are taken as they are: mxfp4")
     settings = load_settings()
     config, num_threads = settings.engine, _num_threads(threads, settings.engine)
     kernels = _kernels(config, level, num_threads)
@@ -137,7 +135,7 @@ def tiers(
     tiers = settings.engine.tiers
     tiers = replace(
         tiers,
-        vram_bytes=int(gpu_bytes) if gpu_bytes else tiers.vram_bytes,
+        vram_bytes=math.ceil(gpu_bytes) if gpu_bytes else tiers.vram_bytes,
         ram_bytes=tiers.ram_bytes if ram_bytes is None else int(ram_bytes),
     )
     num_threads = _num_threads(threads, settings.engine)
@@ -190,8 +188,9 @@ def gpu(
 
     model, settings = find_model(shape), load_settings()
     found = require_gpu(device or settings.engine.device)
-    config = replace(settings.engine, num_threads=_num_threads(threads, settings.engine))
-    kernels = _kernels(config, level, config.num_threads or 1)
+    num_threads = _num_threads(threads, settings.engine)
+    config = replace(settings.engine, num_threads=num_threads)
+    kernels = _kernels(config, level, num_threads)
     with progress_bars() as on_progress:
         path = ensure_store(model, WeightFormat(weights), settings.home, on_progress)
     workload = GpuWorkload(

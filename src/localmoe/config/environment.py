@@ -1,5 +1,6 @@
 """Reads settings from environment variables; nothing else in LocalMoE looks at them."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ PREFIX = "LOCALMOE_"
 _SEPARATOR = "__"
 _BUILD_VARIABLES = {"LOCALMOE_DEVELOPER"}
 """Of the package's build."""
+_OF_A_SERVICE = re.compile("(tcp|udp|sctp)://")
+"""Kubernetes tells containers of a service called localmoe by variables of such values, one of them LOCALMOE_PORT."""
 
 
 def read_environment(environ: Mapping[str, str], schema: Schema) -> list[tuple[str, dict[str, Any]]]:
@@ -26,6 +29,8 @@ def read_environment(environ: Mapping[str, str], schema: Schema) -> list[tuple[s
     found: list[tuple[int, str, dict[str, Any]]] = []
     for variable, text in sorted(environ.items()):
         if not variable.upper().startswith(PREFIX) or not text or variable.upper() in _BUILD_VARIABLES:
+            continue
+        if _OF_A_SERVICE.match(text):
             continue
         path = tuple(variable[len(PREFIX) :].lower().split(_SEPARATOR))
         kind = _kind(variable, path, schema, problems)

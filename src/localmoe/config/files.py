@@ -1,6 +1,8 @@
-"""Reads a configuration file, YAML or JSON, into plain values; what they mean is for others to say."""
+"""Reads a configuration file, YAML or JSON, into plain values, and shows such values in messages; what they mean is
+for others to say."""
 
 import json
+import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +73,14 @@ def parse_json(text: str, where: str) -> Any:
         raise ConfigError(f"{where} has an integer of too many digits") from error
 
 
+def shown(value: object) -> str:
+    """A value in a message, whatever its size."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer of so many digits that Python does not write it
+        return "a number of thousands of digits"
+
+
 def _parse_yaml(text: str, path: Path) -> Any:
     import yaml  # here: commands that read no file start without it
 
@@ -84,7 +94,8 @@ def _parse_yaml(text: str, path: Path) -> Any:
             return loader.construct_document(node)
         finally:
             loader.dispose()
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: such as a date of month 13
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:
+        # Values that are not what they seem, such as a date of month 13 or `!!bool maybe`.
         raise ConfigError(f"{path} is not YAML: {error}") from error
 
 

@@ -2,13 +2,13 @@
 
 import difflib
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from decimal import Decimal
 from types import UnionType
 from typing import Any, get_args, get_origin
 
+from localmoe.config.files import shown
 from localmoe.config.seed_keys import RETIRED_KEYS
 
 Schema = dict[str, Any]
@@ -81,14 +81,6 @@ def plain_number(value: Any, kind: Any) -> Any:
 def is_list(kind: Any) -> bool:
     """Whether a setting of this type takes several values."""
     return get_origin(kind) is tuple
-
-
-def shown(value: object) -> str:
-    """A value in a message, whatever its size."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # an integer of so many digits that Python does not write it
-        return "a number of thousands of digits"
 
 
 def _is_number(kind: Any) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from localmoe.config.files import shown
+
 
 @dataclass(frozen=True, kw_only=True)
 class TuningKey:
@@ -120,7 +122,7 @@ def take_tuning_blocks(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[
         for name, value in (values.get(block) or {}).items():
             key = keys[name]
             if not _is_of(key.kind, value):
-                raise ValueError(f"{block}.{name} is {value!r}; it must be of type {key.kind.__name__}")
+                raise ValueError(f"{block}.{name} is {shown(value)}; it must be of type {key.kind.__name__}")
             notes.append(f"{block}.{name}: {key.note}")
             if key.setting is not None:
                 *parents, leaf = key.setting

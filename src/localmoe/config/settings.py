@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from localmoe.config.environment import read_environment
-from localmoe.config.files import read_config_file
+from localmoe.config.files import read_config_file, shown
 from localmoe.config.profiles import PROFILES, Profile
-from localmoe.config.schema import Schema, block_schema, checked, shown
+from localmoe.config.schema import Schema, block_schema, checked
 from localmoe.config.seed_keys import TUNING_BLOCKS, take_tuning_blocks
 from localmoe.core.errors import ConfigError
 from localmoe.engine.config import EngineConfig
@@ -50,7 +50,7 @@ class Settings(BaseModel):
     @field_validator("home")
     @classmethod
     def _absolute(cls, home: Path) -> Path:
-        return home.expanduser().absolute()
+        return _expanded(home).absolute()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def load_settings(
     layers += [_Layer(values=values, origin=_always(f"environment variable {name}")) for name, values in variables]
     file = next((layer.values["config"] for layer in layers if "config" in layer.values), None)
     if file is not None:
-        layers += _file_layers(Path(file).expanduser(), on_note)
+        layers += _file_layers(_expanded(Path(file)), on_note)
     name = next((layer.values["profile"] for layer in layers if "profile" in layer.values), Profile.AUTO)
     if name in list(Profile):  # otherwise said below
         layers.append(_Layer(values=PROFILES[Profile(name)], origin=_always(f"profile {name}")))
@@ -118,6 +118,14 @@ def _file_layers(path: Path, on_note: Callable[[str], None]) -> list[_Layer]:
         _Layer(values=own, origin=_always(f"file {path}")),
         _Layer(values=translated, origin=_always(f"a tuning block of file {path}")),
     ]
+
+
+def _expanded(path: Path) -> Path:
+    """With the home directory in place of `~`. Raises ConfigError."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: the home directory is not known here; name one that begins with /") from error
 
 
 def _always(origin: str) -> Callable[[Sequence[str]], str]:

@@ -63,7 +63,8 @@ class MemoryPlan:
     streamed_layers: tuple[int, ...] = ()
     """Layers whose attention is read for each step, because it does not fit."""
     num_slots: int | None
-    """Experts that fit beside all this; None: the whole store does, and is used where it is mapped."""
+    """Experts that fit beside all this; None: the whole store does, and is used where it is mapped; or the budget is
+    of a GPU's memory."""
     num_device_slots: int | None = None
     """Experts that fit beside all this in the GPU's memory; None: the budget is of RAM."""
     slot_bytes: int

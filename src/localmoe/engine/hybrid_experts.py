@@ -76,7 +76,7 @@ class HybridExperts:
         self._policy = policy
         self._split = split
         self._mirror = HostMirror(device.arena.blobs.device)
-        self._num_hits = self._num_fetches = self._num_others = 0
+        self._num_hits = self._num_fetches = 0
         """Uses that found an expert on the device, that fetched it, and that left it to the host."""
         self._is_prompt_T = np.zeros(0, np.bool_)
         self._launched: _Launched | None = None
@@ -151,7 +151,6 @@ class HybridExperts:
             device.layers[layer].finish(routed.weights_TK, x_TD)
         self._num_hits += len(home)
         self._num_fetches += len(fetched)
-        self._num_others += len(used) - len(home) - len(fetched)
         self._launched = _Launched(
             work=work, copies=copies, started=started, computed=computed, cpu_s=cpu_s, stall_s=stall_s
         )

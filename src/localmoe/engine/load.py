@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -168,10 +169,11 @@ def load_tiered(
     """
     assert plan.num_slots is not None
     stream = None
-    if plan.streamed_layers:
-        layer_reader = DiskReader[int].open([store.path], config.disk)
-        stream = LayerStream(store, plan.streamed_layers, layer_reader, plan.budget_bytes)
     with DiskReader[str].open([store.path], config.disk) as dense_reader:
+        config = replace(config, disk=replace(config.disk, queue_depth=dense_reader.queue_depth))  # measured once
+        if plan.streamed_layers:
+            layer_reader = DiskReader[int].open([store.path], config.disk)
+            stream = LayerStream(store, plan.streamed_layers, layer_reader, plan.budget_bytes)
         dense = LoadedDense(store, dense_reader, stream.matrices() if stream else {}, plan.budget_bytes)
     experts = load_tiered_experts(
         store,

@@ -54,11 +54,12 @@ def load_tiered_experts(
     arena = HostArena(store.blob_bytes, num_slots, available_memory_bytes=available_memory_bytes, pinned=pinned)
     size = (store.shape.num_layers, store.shape.num_experts)
     paths = [store.path, *(stripe.path for stripe in stripes)]
+    num_disks = len({path.stat().st_dev for path in paths})
     manager = ResidencyManager(
         num_layers=size[0],
         num_experts=size[1],
         num_slots=num_slots,
-        most_reads=len(paths) * max(_LEAST_READS, -(-_BYTES_UNDER_WAY // store.blob_bytes)),
+        most_reads=num_disks * max(_LEAST_READS, -(-_BYTES_UNDER_WAY // store.blob_bytes)),
         policy=policy,
         quotas=quotas(config.placement, *size),
     )

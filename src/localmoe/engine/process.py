@@ -85,8 +85,6 @@ def main() -> None:
     # OpenMP threads spin between two products unless told before torch is loaded. On cores shared with the gateway
     # (or anything else) a spinning thread keeps the one it waits for from running.
     os.putenv("OMP_WAIT_POLICY", "PASSIVE")
-    from localmoe.engine.load import load_engine, warm_up
-
     socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.PAIR)
     # Unbounded here, because what is unsent is bounded by the requests admitted and their max_tokens.
     socket.set_hwm(0)
@@ -96,6 +94,8 @@ def main() -> None:
         socket.send(msgspec.msgpack.encode(message))
 
     try:
+        from localmoe.engine.load import load_engine, warm_up
+
         # What the libraries took is gone, too: it was there when the client looked.
         available_bytes = launch.available_memory_bytes - process_memory_bytes()
         engine = load_engine(launch.model, Path(launch.store_path), launch.config, available_bytes)

@@ -2,6 +2,7 @@
 
 import logging
 
+from localmoe.core.errors import StoreError
 from localmoe.engine.tiered_experts import TieredExperts
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,11 @@ class ExpertRelief:
         missing_slots = -(-(self._reserve_bytes - available_bytes) // state.slot_bytes)
         num_slots = max(state.num_slots - missing_slots, self._fewest_slots)
         if num_slots < state.num_slots:
-            self._experts.shrink(num_slots)
+            try:
+                self._experts.shrink(num_slots)
+            except StoreError as error:  # the disk does not end a read; what waits for it will hear of it
+                logger.warning("memory is short, but nothing can be given back yet: %s", error)
+                return
             logger.warning(
                 "memory is short: %d bytes are available, %d should be; room for experts goes from %d to %d",
                 available_bytes,
@@ -41,4 +46,4 @@ class ExpertRelief:
 
 
 def nothing_to_give(available_bytes: int) -> None:
-    """Of an engine all of whose experts are used where they are mapped, or are on a GPU."""
+    """Of an engine that uses experts where they are mapped, or has them on a GPU and beside it in locked memory."""

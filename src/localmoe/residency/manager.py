@@ -208,11 +208,8 @@ class ResidencyManager:
 
     def arrived(self, expert: ExpertId) -> None:
         """A read ended well."""
-        index = self._index(expert)
-        self._state[index] = _PRESENT
+        self._set_present(self._index(expert))
         self._num_reading -= 1
-        self._num_arrivals += 1
-        self._arrivals[index] = self._num_arrivals
 
     def dropped(self, expert: ExpertId) -> None:
         """A read was cancelled or failed: the expert is absent again."""
@@ -246,6 +243,9 @@ class ResidencyManager:
         if is_used and index in self._ahead:
             self._ahead.discard(index)
             self.counters.prefetches_useful += 1
+            # Read for this use, which whoever borrows it will count as a hit.
+            self.counters.misses += 1
+            self.counters.hits -= 1
         self._lent[index] = True
         self._num_lent += 1
         return int(self._slots[index])
@@ -298,8 +298,13 @@ class ResidencyManager:
 
     def received(self, expert: ExpertId) -> None:
         """It has arrived from the device."""
-        self._state[self._index(expert)] = _PRESENT
+        self._set_present(self._index(expert))
         self._num_lent -= 1
+
+    def _set_present(self, index: int) -> None:
+        self._state[index] = _PRESENT
+        self._num_arrivals += 1
+        self._arrivals[index] = self._num_arrivals
 
     def _can_lend(self) -> bool:
         """Whether a slot stays that reads can go to."""

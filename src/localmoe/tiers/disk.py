@@ -20,27 +20,31 @@ import time
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from localmoe._cpu import END_OF_FILE
-from localmoe._cpu import DiskReader as Reader
 from localmoe.core.errors import StoreError
-from localmoe.tiers.config import DiskConfig
+from localmoe.tiers.config import MAX_QUEUE_DEPTH, DiskConfig
+
+if TYPE_CHECKING:
+    # Imported where it is used: a model that fits in memory is served without the extension, too.
+    from localmoe._cpu import DiskReader as Reader
 
 logger = logging.getLogger(__name__)
 
 K = TypeVar("K", bound=Hashable)
 
-_DEPTHS = (4, 8, 16, 32)
+_DEPTHS = (2, 4, 8, 16, 32)
 _USUAL_DEPTH = 16
 """Where measuring says nothing: files that are small or come from the page cache."""
 _DEPTH_TOLERANCE = 0.15
 """What a deeper queue must bring to be worth it: the kernel serves all it has at once, so what was read ahead slows
-what a layer waits for. Where 4 kept the disk busy, 8 cost 7 to 17 % of a decode step, and 16 up to 20 %."""
-_MEASURE_S = 0.5
-_MEASURE_ROUNDS = 3
+what a layer waits for. Where 2 kept the disk busy, 4 cost 3 to 4 % of a decode step, 8 another 7 to 17 %."""
+_MEASURE_S = 0.6
+_MEASURE_PASSES = 6
 _LEAST_MEASURED_BYTES = 256 << 20
 _SLICE_S = 0.25
 """Waits are cut so that Ctrl-C is heard."""
@@ -95,11 +99,15 @@ class _File:
 class DiskReader(Generic[K]):
     """Reads from a fixed list of files. One thread uses it at a time; `close` may come from another."""
 
-    def __init__(self, files: Sequence[_File], reader: Reader, method: str, timeout_s: float) -> None:
+    def __init__(
+        self, files: Sequence[_File], reader: "Reader", method: str, queue_depth: int, timeout_s: float
+    ) -> None:
         self._reader = reader  # first, so that it is the first to go: reads must end before their buffers do
         self._files = files
         self._method = method
         self._timeout_s = timeout_s
+        self.queue_depth = queue_depth
+        """Of each disk, as configured or as measured."""
         self._pending: dict[int, Read[K]] = {}
         """By tag; keeps buffers alive."""
         self._tags: dict[K, int] = {}
@@ -120,9 +128,9 @@ class DiskReader(Generic[K]):
             method, reason = _choose_method(files[0], config)
             depth, measured = config.queue_depth, "as configured"
             if depth is None:
-                depth, measured = _choose_depth(max(files, key=lambda file: file.num_bytes), method, config)
-                depth *= len({os.fstat(file.descriptor).st_dev for file in files})  # each disk is to be busy
-            reader = _make_reader(files, method, depth, config)
+                depth, measured = _choose_depth(files[0], method, config)  # a stripe has holes, which are no disk
+            num_disks = len({os.fstat(file.descriptor).st_dev for file in files})
+            reader = _make_reader(files, method, min(depth * num_disks, MAX_QUEUE_DEPTH), config)
         except BaseException:
             _close(files)
             raise
@@ -135,7 +143,7 @@ class DiskReader(Generic[K]):
             depth,
             measured,
         )
-        return cls(files, reader, method, config.timeout_s)
+        return cls(files, reader, method, depth, config.timeout_s)
 
     def close(self) -> None:
         """Drop what has not begun, wait for the rest, and give up the files."""
@@ -237,6 +245,8 @@ class DiskReader(Generic[K]):
 
 
 def _describe(path: Path, read: Read[K], status: int) -> str:
+    from localmoe._cpu import END_OF_FILE
+
     if status == END_OF_FILE:
         return f"{path}: ends before byte {read.offset + read.num_bytes}; the file has shrunk"
     return f"{path}: reading {read.num_bytes} bytes at {read.offset} failed: {os.strerror(status)}"
@@ -283,7 +293,14 @@ def _close(files: Sequence[_File]) -> None:
         os.close(file.descriptor)
 
 
-def _make_reader(files: Sequence[_File], method: str, depth: int, config: DiskConfig) -> Reader:
+def _make_reader(files: Sequence[_File], method: str, depth: int, config: DiskConfig) -> "Reader":
+    try:
+        from localmoe._cpu import DiskReader as Reader
+    except ImportError as error:
+        raise StoreError(
+            f"{files[0].path}: does not fit in memory, and to read it piece by piece takes the C++ extension, which "
+            f"was not built for want of a compiler: {error}"
+        ) from error
     try:
         return Reader([file.descriptor for file in files], depth, method, config.piece_bytes)
     except RuntimeError as error:
@@ -307,6 +324,8 @@ def _try_reading(file: _File, method: str, config: DiskConfig) -> None:
     """Read one page. Raises StoreError."""
     memory = mmap.mmap(-1, mmap.PAGESIZE)
     reader = _make_reader([file], method, 1, config)
+    from localmoe._cpu import END_OF_FILE
+
     try:
         reader.submit([(0, 0, 0, mmap.PAGESIZE, _address(memory))])
         results = reader.wait(1, config.timeout_s)
@@ -321,41 +340,47 @@ def _choose_depth(file: _File, method: str, config: DiskConfig) -> tuple[int, st
     """The smallest depth that keeps the disk busy, and what was measured. Raises StoreError."""
     if file.refusal or file.num_bytes < max(_LEAST_MEASURED_BYTES, config.piece_bytes):
         return _USUAL_DEPTH, "not measured"
-    speeds = _measure_depths(file, method, config)
-    least = max(speeds.values()) * (1 - _DEPTH_TOLERANCE)
-    report = ", ".join(f"{depth}: {speed / 1e9:.2f} GB/s" for depth, speed in speeds.items())
-    return next(depth for depth, speed in speeds.items() if speed >= least), report
+    speeds_PD = _measure_depths(file, method, config)
+    # The disk's speed may change from one moment to the next; within a pass it is the same for all.
+    relative_D = np.median(speeds_PD / (speeds_PD.mean(axis=1, keepdims=True) + 1), axis=0)
+    is_enough_D = relative_D >= relative_D.max() * (1 - _DEPTH_TOLERANCE)
+    typical_D = np.median(speeds_PD, axis=0)
+    report = ", ".join(f"{depth}: {speed / 1e9:.2f} GB/s" for depth, speed in zip(_DEPTHS, typical_D, strict=True))
+    return _DEPTHS[int(is_enough_D.argmax())], report
 
 
-def _measure_depths(file: _File, method: str, config: DiskConfig) -> dict[int, float]:
-    """Bytes a second of random reads, one piece each, by depth. Raises StoreError."""
+def _measure_depths(file: _File, method: str, config: DiskConfig) -> NDArray[np.float64]:
+    """Bytes a second of random reads, one piece each, [passes, depths]. Raises StoreError."""
     memory = mmap.mmap(-1, config.piece_bytes)  # the reads may overwrite one another
     with contextlib.suppress(OSError):  # as arenas are, where the kernel has huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     address = _address(memory)
     num_places = file.num_bytes // config.piece_bytes
     reader = _make_reader([file], method, max(_DEPTHS), config)
-    speeds = dict.fromkeys(_DEPTHS, 0.0)
+    speeds_PD = np.zeros((_MEASURE_PASSES, len(_DEPTHS)))
+    window_s = _MEASURE_S / speeds_PD.size
     num_in_flight = 0
-    # Up and down again, so that a moment's noise does not decide, and little is under way at the end.
-    schedule = [*_DEPTHS, *reversed(_DEPTHS)] * _MEASURE_ROUNDS
-    window_s = _MEASURE_S / len(schedule)
     try:
-        for depth in schedule:
-            num_done = 0
-            start = time.monotonic()
-            while (elapsed_s := time.monotonic() - start) < window_s:
-                pages = [random.randrange(num_places) for _ in range(depth - num_in_flight)]
-                reader.submit([(0, 0, page * config.piece_bytes, config.piece_bytes, address) for page in pages])
-                results = reader.wait(1, window_s - elapsed_s)
-                num_in_flight += len(pages) - len(results)
-                num_done += len(results)
-                if any(status for _, status in results):
-                    raise StoreError(f"{file.path}: reading failed while its speed was measured")
-            speeds[depth] = max(speeds[depth], num_done * config.piece_bytes / elapsed_s)
+        for number, speeds_D in enumerate(speeds_PD):
+            # Up and down again, so that little is under way when the next depth begins.
+            order = range(len(_DEPTHS)) if number % 2 == 0 else reversed(range(len(_DEPTHS)))
+            for index in order:
+                num_done = 0
+                start = time.monotonic()
+                while (elapsed_s := time.monotonic() - start) < window_s:
+                    pages = [random.randrange(num_places) for _ in range(_DEPTHS[index] - num_in_flight)]
+                    reader.submit(
+                        [(0, 0, page * config.piece_bytes, config.piece_bytes, address) for page in pages]
+                    )
+                    results = reader.wait(1, window_s - elapsed_s)
+                    num_in_flight += len(pages) - len(results)
+                    num_done += len(results)
+                    if any(status for _, status in results):
+                        raise StoreError(f"{file.path}: reading failed while its speed was measured")
+                speeds_D[index] = num_done * config.piece_bytes / elapsed_s
     finally:
         reader.close()
-    return speeds
+    return speeds_PD
 
 
 def _address(memory: mmap.mmap) -> int:

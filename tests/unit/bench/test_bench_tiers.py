@@ -81,6 +81,7 @@ def test_a_model_that_fits(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
     monkeypatch.setenv("LOCALMOE_HOME", str(tmp_path))
     monkeypatch.setenv("LOCALMOE_ENGINE__TIERS__RESERVE_BYTES", "0")
+    monkeypatch.setenv("LOCALMOE_ENGINE__TIERS__STRIPES", '["/of/another/store.1-of-2.stripe"]')
     arguments = ["--shape", str(write_config(tmp_path / "tiny.json")), "--prompt-tokens", "4"]
     arguments += ["--gpu-bytes", "0", "--ram-bytes", "200000", *(["--json"] if as_json else [])]
     result = CliRunner().invoke(app, ["bench", "tiers", *arguments], catch_exceptions=False)

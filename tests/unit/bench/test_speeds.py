@@ -96,7 +96,8 @@ def test_prediction_follows_the_budget(tmp_path: Path) -> None:
     kernels = select_kernels("auto", 1, pin=False)
 
     def config(ram_bytes: int | None) -> EngineConfig:
-        tiers = TiersConfig(ram_bytes=ram_bytes, reserve_bytes=0)
+        others = {"stripes": ("/of/another/store.1-of-2.stripe",), "placement": ("layers.9.*=ram",)}
+        tiers = TiersConfig(ram_bytes=ram_bytes, reserve_bytes=0, **others)
         return EngineConfig(num_threads=1, max_num_batched_tokens=4, max_num_seqs=1, tiers=tiers)
 
     def slots(ram_bytes: int | None) -> int:

@@ -106,3 +106,5 @@ def test_a_damaged_store_leaves_nothing_behind(catalog: Catalog, disks: list[Pat
         failed = isinstance(result.exception, ChecksumError)
         assert failed or result.exit_code == 0, result.output
         assert not [name for name in files(disks) if name.endswith(".partial")]
+        written = {path for disk in disks for path in disk.iterdir()}
+        assert written <= set(catalog.stripes("tiny"))  # which the next try, or `rm`, deletes

@@ -104,4 +104,5 @@ def test_names_that_are_like_no_setting_may_be_others(monkeypatch: pytest.Monkey
     """Such as those that a cluster sets for a service of our name, and those of our own build."""
     for name in ("DEVELOPER", "SERVICE_HOST", "SERVICE_PORT", "PORT_8000_TCP", "PORT_8000_TCP_ADDR"):
         monkeypatch.setenv(f"LOCALMOE_{name}", "1")
+    monkeypatch.setenv("LOCALMOE_PORT", "tcp://10.0.0.1:8000")
     assert load_settings().port == 8000

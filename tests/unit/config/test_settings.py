@@ -38,6 +38,14 @@ def test_home_expands_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert load_settings().home == tmp_path / "models"
 
 
+def test_a_home_of_nobody_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"~nobody-of-this-name/a\.yaml: the home directory is not known"):
+        load_settings(config=Path("~nobody-of-this-name/a.yaml"))
+    monkeypatch.setenv("LOCALMOE_HOME", "~nobody-of-this-name")
+    with pytest.raises(ConfigError, match="~nobody-of-this-name: the home directory is not known"):
+        load_settings()
+
+
 def test_empty_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCALMOE_HOME", "")
     assert load_settings().home == Path.home() / ".localmoe"

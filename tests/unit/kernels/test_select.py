@@ -1,6 +1,7 @@
 """Which kernels are taken, for what is asked and what the machine runs."""
 
 import logging
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,19 @@ def test_an_extension_that_is_not_there_is_nothing_to_warn_of(
     monkeypatch.setitem(sys.modules, "localmoe._cpu", None)
     assert cpu_levels() == []
     assert not caplog.records
+
+
+def test_an_engine_loads_without_the_extension_what_fits_in_memory() -> None:
+    program = (
+        "import sys; sys.modules['localmoe._cpu'] = None\n"
+        "import localmoe.bench.engine, localmoe.bench.gpu, localmoe.bench.tiers, localmoe.engine.load\n"
+        "from pathlib import Path\n"
+        "from localmoe.tiers.disk import DiskReader, DiskConfig\n"
+        "DiskReader.open([Path(sys.executable)], DiskConfig())"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "StoreError" in result.stderr.splitlines()[-1]
+    assert "does not fit in memory, and to read it piece by piece takes the C++ extension" in result.stderr
 
 
 def test_an_extension_that_does_not_load_is_done_without_and_a_warning_says_why(

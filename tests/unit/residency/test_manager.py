@@ -331,7 +331,10 @@ def test_a_prefetched_expert_that_is_lent_was_useful() -> None:
     manager.expect(1, [4])
     for load in [*loads(manager, 1), *loads(manager, 1)]:
         manager.arrived(load.expert)
+    before = manager.counters.hits, manager.counters.misses
     assert manager.lend(ExpertId(1, 4), is_used=True) is not None
+    # A miss; the borrower counts a hit.
+    assert (manager.counters.hits, manager.counters.misses) == (before[0] - 1, before[1] + 1)
     need(manager, 1, [])
     assert manager.counters.prefetches_useful == 1
     assert manager.counters.prefetches_wasted == 0
