@@ -6,8 +6,8 @@ For each policy and number of layers ahead, decoders of every queue depth and on
 together, each with the same number of slots, and decode the same random tokens in turns of a few steps: so a moment
 in which the machine is slower falls on all alike. Compared are medians over the turns. The best of so many noisy
 figures is best by luck too, so those that looked best are then measured anew, longer, and only these figures count.
-Takes about a quarter of an hour and 16 GB of memory; a memory limit of 2 or 3 GiB leaves olmoe-1b-7b 369 or 690 slots.
-Prints Markdown.
+Takes about a quarter of an hour and 16 GB; a memory limit of 2 or 3 GiB leaves olmoe-1b-7b 369 or 690 slots. Prints
+Markdown.
 """
 
 import argparse
