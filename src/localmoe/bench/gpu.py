@@ -23,7 +23,8 @@ from localmoe.core.errors import ConfigError
 from localmoe.core.model import ModelShape, WeightFormat
 from localmoe.engine.budget import MemoryPlan
 from localmoe.engine.config import EngineConfig
-from localmoe.engine.load import load_decoder, load_device_engine, load_hybrid_decoder, warm_up
+from localmoe.engine.load import load_decoder, load_device_engine, make_decoder, warm_up
+from localmoe.engine.load_experts import load_hybrid
 from localmoe.formats.store import Store
 from localmoe.hardware.gpus import watch_utilisation
 from localmoe.hardware.memory import available_memory_bytes
@@ -184,21 +185,19 @@ def measure_gpu(
     served = measure_served(model.shape, store_path, kernels, config, streams)
     _release()
     with Store.open(store_path) as store:
-        say("reading the GPU's memory, and copying to it")
+        say("reading the GPU's memory, and copying to it; then steps on it, and on the processor")
         links = measure_links(store, device)
-        say("steps on the GPU, and on the processor")
         alone = _steps_report(store, kernels, cpu_kernels, config, steps, 1e9 * links.read_bandwidth_gb_s)
         hybrid = {}
         for name, split in _SPLITS.items():
             say(f"steps on both: {name}")
             hybrid[name] = measure_hybrid(store, kernels, cpu_kernels, config, workload, split())
             _release()
-        weights = store.weights
     return GpuReport(
         gpu=torch.cuda.get_device_name(device),
         cpu=f"{cpu_name()}: {cpu_kernels.name}",
         shape=model.name,
-        format=weights,
+        format=store.weights,
         links=links,
         steps=alone,
         device_share=workload.device_share,
@@ -267,7 +266,8 @@ def measure_hybrid(
         num_device_slots=num_slots,
         slot_bytes=store.blob_bytes,
     )
-    decoder, _ = load_hybrid_decoder(store, kernels, cpu_kernels, plan, config, available_memory_bytes(), split)
+    experts = load_hybrid(store, kernels, cpu_kernels, plan, config, available_memory_bytes(), split)
+    decoder = make_decoder(store, store, experts, kernels)
     bench = StepBench(decoder, kernels, store.weights, config, workload.steps)
     rates = {}
     for num_streams in workload.steps.streams:

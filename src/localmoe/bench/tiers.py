@@ -18,7 +18,8 @@ from localmoe.core.model import WeightFormat
 from localmoe.engine.budget import MemoryPlan, plan_device_memory, plan_memory, ram_budget_bytes
 from localmoe.engine.config import EngineConfig, kv_bytes_per_token
 from localmoe.engine.hybrid_experts import HybridExperts
-from localmoe.engine.load import load_hybrid_decoder, load_tiered
+from localmoe.engine.load import load_tiered, make_decoder
+from localmoe.engine.load_experts import load_hybrid
 from localmoe.engine.tiered_experts import TieredExperts
 from localmoe.formats.store import Store
 from localmoe.kernels.base import Kernels
@@ -206,7 +207,8 @@ def _load(
 ) -> tuple[Decoder, TieredExperts | HybridExperts]:
     if gpu_kernels is None:
         return load_tiered(store, kernels, plan, config.tiers)
-    return load_hybrid_decoder(store, gpu_kernels, kernels, plan, config, available_bytes, Split())
+    experts = load_hybrid(store, gpu_kernels, kernels, plan, config, available_bytes, Split())
+    return make_decoder(store, store, experts, gpu_kernels), experts
 
 
 def _steps(

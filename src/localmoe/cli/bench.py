@@ -163,7 +163,6 @@ def gpu(
         str | None, typer.Option(help="Which GPU, as cuda:1; by default the server's setting, or the first.")
     ] = None,
     threads: Threads = None,
-    level: Level = None,
     streams: StreamCounts = "1,8,32,64",
     prompt_tokens: PromptTokens = 512,
     device_share: Annotated[
@@ -190,7 +189,7 @@ def gpu(
     found = require_gpu(device or settings.engine.device)
     num_threads = _num_threads(threads, settings.engine)
     config = replace(settings.engine, num_threads=num_threads)
-    kernels = _kernels(config, level, num_threads)
+    kernels = _kernels(config, None, num_threads)
     with progress_bars() as on_progress:
         path = ensure_store(model, WeightFormat(weights), settings.home, on_progress)
     workload = GpuWorkload(

@@ -217,8 +217,8 @@ def plan_device_memory(store: StoreSizes, config: EngineConfig, free_bytes: int)
 
 
 def plan_host_slots(store: StoreSizes, kernels: Kernels, config: EngineConfig, available_bytes: int) -> int:
-    """Experts that RAM holds beside a GPU. They are read, not mapped, since it is from
-    locked memory that copies run beside everything else.
+    """Experts that RAM holds beside a GPU. They are read, not mapped, since it is from locked memory that copies run
+    beside everything else.
 
     Args:
         kernels: of the CPU.

@@ -24,7 +24,6 @@ from localmoe.engine.dense import LoadedDense
 from localmoe.engine.engine import Engine
 from localmoe.engine.expert_threshold import with_threshold
 from localmoe.engine.experts import LocatedExperts, ResidentExperts
-from localmoe.engine.hybrid_experts import HybridExperts
 from localmoe.engine.insight import Insight
 from localmoe.engine.layer_stream import LayerStream
 from localmoe.engine.load_experts import load_hybrid, load_policies, load_tiered_experts
@@ -83,7 +82,7 @@ def load_engine(model: str, store_path: Path, config: EngineConfig, available_me
         if plan.num_slots is None:
             store.check(num_threads)
             experts = ResidentExperts.mapped(store, kernels)
-            decoder = _decoder(store, store, experts, kernels)
+            decoder = make_decoder(store, store, experts, kernels)
         else:
             decoder, experts = load_tiered(store, kernels, plan, config.tiers)
             relieve = ExpertRelief(experts, config.tiers.reserve_bytes, fewest_slots(store.shape))
@@ -139,12 +138,10 @@ def _load_on_device(
         if plan.num_device_slots == len(store.expert_entries):
             store.check(num_threads)
             experts = ResidentExperts.mapped(store, kernels, on_device=True)
-            decoder = _decoder(store, store, experts, kernels)
         else:
             host_kernels = select_kernels(config.cpu_level, num_threads, pin=config.pin_threads)
-            decoder, experts = load_hybrid_decoder(
-                store, kernels, host_kernels, plan, config, available_memory_bytes, Split()
-            )
+            experts = load_hybrid(store, kernels, host_kernels, plan, config, available_memory_bytes, Split())
+        decoder = make_decoder(store, store, experts, kernels)
         insight = _watch(decoder, experts, plan, store.blob_bytes, config)
         engine = Engine(model, decoder, kernels, config, insight, nothing_to_give)
     except torch.OutOfMemoryError as error:
@@ -155,7 +152,7 @@ def _load_on_device(
 
 def load_decoder(store: Store, kernels: Kernels) -> Decoder:
     """The model of a store, used where its file is mapped or copied to the kernels' device. Raises StoreError."""
-    return _decoder(store, store, ResidentExperts.mapped(store, kernels), kernels)
+    return make_decoder(store, store, ResidentExperts.mapped(store, kernels), kernels)
 
 
 def load_tiered(
@@ -183,7 +180,7 @@ def load_tiered(
         num_slots=plan.num_slots,
         available_memory_bytes=plan.budget_bytes,
     )
-    decoder = _decoder(store, dense, experts, kernels)
+    decoder = make_decoder(store, dense, experts, kernels)
     for index in plan.streamed_layers:
         assert stream is not None
         layer = decoder.layers[index]
@@ -191,21 +188,8 @@ def load_tiered(
     return decoder, experts
 
 
-def load_hybrid_decoder(
-    store: Store,
-    kernels: Kernels,
-    host_kernels: Kernels,
-    plan: MemoryPlan,
-    config: EngineConfig,
-    available_memory_bytes: int,
-    split: Split,
-) -> tuple[Decoder, HybridExperts]:
-    """The model of a store on a GPU, with as many experts there as the plan says; see `load_hybrid`."""
-    experts = load_hybrid(store, kernels, host_kernels, plan, config, available_memory_bytes, split)
-    return _decoder(store, store, experts, kernels), experts
-
-
-def _decoder(store: Store, dense: DenseWeights, experts: ExpertExecutor[Tensor], kernels: Kernels) -> Decoder:
+def make_decoder(store: Store, dense: DenseWeights, experts: ExpertExecutor[Tensor], kernels: Kernels) -> Decoder:
+    """The model of a store, of parts that have been loaded."""
     return architecture({"model_type": store.shape.model_type})(store.shape, dense, experts, kernels)
 
 
