@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from support.server import engine_pid, metric, resident_bytes, running_server, wait_ready
+from support.server import engine_pid, metric, resident_bytes, running_server
 
 MODEL = "distinct-experts"
 CHAT = [{"role": "user", "content": "hello"}]
@@ -20,7 +20,8 @@ CHAT = [{"role": "user", "content": "hello"}]
 
 @pytest.fixture(scope="module")
 def server(tiny_home: Path) -> Iterator[tuple[str, int]]:
-    with running_server(tiny_home, MODEL, "f32") as server:
+    # A small cache, so that soon all of its pages have been used and memory that grows on is a leak.
+    with running_server(tiny_home, MODEL, "f32", settings={"ENGINE__KV_CACHE_BYTES": str(12 << 20)}) as server:
         yield server
 
 
@@ -141,14 +142,13 @@ def test_64_streams_a_third_of_them_cancelled_and_1000_requests_leave_nothing_be
     assert metric(url, "vllm:num_requests_running") == metric(url, "vllm:num_requests_waiting") == 0
     after = resident_bytes(pid), resident_bytes(engine_pid(pid))
     for process, was, now in zip(("gateway", "engine"), before, after, strict=True):
-        # The cache's own pages are filled as more blocks see their first use.
-        assert now - was < 32 << 20, f"the {process} grew from {was >> 20} to {now >> 20} MiB"
+        assert now - was < 16 << 20, f"the {process} grew from {was >> 20} to {now >> 20} MiB"
 
 
-def test_killing_the_engine_fails_open_streams_and_the_next_request_succeeds(server: tuple[str, int]) -> None:
+def test_killing_the_engine_breaks_no_stream_off(server: tuple[str, int]) -> None:
     url, pid = server
 
-    async def kill_during_8_streams() -> list[list[Any]]:
+    async def run_8_streams(kill: bool) -> list[list[Any]]:
         begun = [asyncio.Event() for _ in range(8)]
         async with httpx2.AsyncClient(base_url=url, timeout=60) as client:
             streams = [
@@ -156,19 +156,16 @@ def test_killing_the_engine_fails_open_streams_and_the_next_request_succeeds(ser
                 for i, event in enumerate(begun)
             ]
             await asyncio.gather(*(event.wait() for event in begun))
-            os.kill(engine_pid(pid), signal.SIGKILL)
+            if kill:
+                os.kill(engine_pid(pid), signal.SIGKILL)
             return await asyncio.gather(*streams)
 
-    for events in asyncio.run(kill_during_8_streams()):
-        assert events[-1]["error"]["code"] == "engine_unavailable"
-        assert "signal 9" in events[-1]["error"]["message"]
-        assert all(event["choices"][0]["finish_reason"] is None for event in events[:-1])
-    refused = httpx2.post(f"{url}/v1/completions", json=completion("hello", max_tokens=2), timeout=60)
-    if refused.status_code != 200:  # it may be back already
-        assert refused.status_code == 503
-        assert float(refused.headers["retry-after"]) > 0
-    wait_ready(url)
+    def texts(answers: list[list[Any]]) -> list[str]:
+        assert all(events[-1] == "[DONE]" for events in answers)
+        return ["".join(event["choices"][0]["text"] for event in events[:-1]) for events in answers]
+
+    undisturbed = texts(asyncio.run(run_8_streams(kill=False)))
+    assert texts(asyncio.run(run_8_streams(kill=True))) == undisturbed
     assert metric(url, "vllm:num_requests_running") == metric(url, "vllm:kv_cache_usage_perc") == 0
-    answer = httpx2.post(f"{url}/v1/completions", json=completion("hello", max_tokens=2), timeout=60)
-    assert answer.status_code == 200, answer.text
     assert metric(url, "localmoe_engine_restarts_total") == 1
+    assert metric(url, "localmoe_streams_resumed_total") == 8

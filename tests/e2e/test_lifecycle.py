@@ -5,25 +5,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from support.server import engine_pid, running_server
+from support.server import check_gone, engine_pid, running_server
 
 
 def serve(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = ["env", f"LOCALMOE_HOME={home}", sys.executable, "-m", "localmoe", "serve"]
     options = ["--port", "0", *arguments]
     return subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False)
-
-
-def check_gone(pid: int) -> None:
-    deadline = time.monotonic() + 15
-    while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
-        assert time.monotonic() < deadline, f"process {pid} is still there"
-        time.sleep(0.05)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The native backend's edges: death, hanging, refusal and cancellation at awkward moments."""
 
 import asyncio
+import math
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -22,7 +23,7 @@ from localmoe.core.errors import (
 from localmoe.core.events import EventBus
 from localmoe.core.request import Request
 from localmoe.engine.config import EngineConfig
-from support.models import greedy
+from support.models import greedy, to_embed
 from support.server import engine_pid
 
 STORE = "models/distinct-experts/stores/f32.store"
@@ -67,6 +68,16 @@ async def test_the_first_chunk_and_the_last_say_what_the_request_took(tiny_home:
     assert (last.prompt_tokens, last.completion_tokens) == (3, 4)
     assert last.queue_s is not None
     assert last.queue_s >= 0
+
+
+async def test_an_embedding_comes_over_the_wire(tiny_home: Path) -> None:
+    async with running(tiny_home / STORE) as backend:
+        asked = to_embed("a", [5, 6, 7])
+        assert backend.refusal(asked) is None
+        [chunk] = [chunk async for chunk in backend.generate(asked)]
+    assert chunk.embedding is not None
+    assert len(chunk.embedding) == 64 * 4
+    assert math.hypot(*memoryview(chunk.embedding).cast("f")) == pytest.approx(1.0, abs=1e-6)
 
 
 async def test_a_request_just_after_the_engines_death_fails_at_once(tiny_home: Path) -> None:

@@ -49,6 +49,16 @@ def test_eviction_takes_the_tail_of_a_prefix_first() -> None:
     assert pool.find_prefix(names([1, 2, 3, 4, 5, 6], 2)) == blocks[:2]
 
 
+def test_a_block_that_nobody_can_find_goes_before_those_that_can_be_found() -> None:
+    pool = BlockPool(4)
+    named, nameless = pool.allocate(2), pool.allocate(2)
+    publish_chain(pool, named, [1, 2, 3, 4], block_tokens=2)
+    pool.free(named)
+    pool.free(nameless)
+    assert sorted(pool.allocate(2)) == nameless
+    assert pool.find_prefix(names([1, 2, 3, 4], 2)) == named
+
+
 def test_freeing_twice_is_a_bug_that_shows() -> None:
     pool = BlockPool(1)
     blocks = pool.allocate(1)

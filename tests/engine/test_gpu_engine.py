@@ -28,7 +28,7 @@ from localmoe.kernels.gpu import GpuKernels
 from localmoe.kernels.reference import ReferenceKernels
 from localmoe.models.decoder import Decoder
 from localmoe.tiers.config import TiersConfig
-from support.models import FakeExperts, greedy, kernels_under_test, make_engine, paged_logits, run
+from support.models import FakeExperts, greedy, kernels_under_test, make_engine, paged_logits, run, to_embed
 
 _CUDA = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu] if _CUDA else []
@@ -74,6 +74,22 @@ def chunks(engine: Engine, requests: Sequence[Request]) -> dict[str, list[TokenC
             assert isinstance(output, TokenChunk), output
             found[output.request_id].append(output)
     return found
+
+
+def test_an_embedding_is_nearly_the_processors(
+    decoder: Decoder, cpu_decoder: Decoder, kernels: GpuKernels
+) -> None:
+    asked = [to_embed("long", list(range(5, 45))), to_embed("short", [7])]
+    ours = chunks(make_engine(decoder, SMALL, kernels=kernels), asked)
+    alone = chunks(make_engine(decoder, replace(SMALL, max_num_batched_tokens=9), kernels=kernels), asked[:1])
+    theirs = chunks(make_engine(cpu_decoder, SMALL), asked)
+    assert ours["long"][0].embedding == alone["long"][0].embedding
+    for name in ("long", "short"):
+        one, other = (
+            torch.frombuffer(bytearray(found[name][0].embedding or b""), dtype=torch.float32)
+            for found in (ours, theirs)
+        )
+        assert (one - other).abs().max() < 1e-5, name
 
 
 def test_prompts_in_chunks_and_a_batch_give_the_processors_tokens(

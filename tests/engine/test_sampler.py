@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from localmoe.core.plans import SequenceStep
 from localmoe.core.request import SamplingParams
-from localmoe.engine.sampler import Draw, adjust, draws_of, sample, score, settings, uniform
+from localmoe.engine.sampler import Draw, adjust, draws_of, mask_of, refuse, sample, score, settings, uniform
 from localmoe.kernels.base import Kernels
 from localmoe.kernels.reference import ReferenceKernels, filtered_probabilities
 from support.models import kernels_under_test
@@ -36,6 +36,25 @@ def kept(kernels: Kernels, probabilities: list[float], **sampling: Any) -> list[
     uniforms = np.linspace(0, 1, count, endpoint=False)
     logits = torch.tensor([probabilities]).log().repeat(count, 1)
     return sorted(set(kernels.draw(logits, replace(one, uniforms_S=uniforms))))
+
+
+@pytest.mark.parametrize("made_for", ["cpu", "cuda"])
+@pytest.mark.parametrize("num_tokens", [1, 8, 100, 257])
+def test_masks_keep_exactly_what_is_allowed(made_for: str, num_tokens: int) -> None:
+    rng = np.random.default_rng(num_tokens)
+    allowed_GV = rng.integers(0, 2, (2, num_tokens)).astype(bool)
+    # As they come: of whole words, with bits for ids that the model does not have.
+    num_bits = 32 * (num_tokens // 32 + 1)
+    padded = np.pad(allowed_GV, ((0, 0), (0, num_bits - num_tokens)), constant_values=True)
+    logits_SV = torch.randn(4, num_tokens)
+    expected = logits_SV.clone()
+    masks = {}
+    for row, bits, allowed_V in zip((3, 1), padded, allowed_GV, strict=True):
+        packed = np.packbits(bits, bitorder="little").tobytes()
+        masks[row] = mask_of(packed, num_tokens, torch.device(made_for))
+        expected[row, torch.from_numpy(~allowed_V)] = -1e30
+    refuse(logits_SV, masks)
+    assert torch.equal(logits_SV, expected)
 
 
 def test_zero_temperature_takes_the_likeliest(kernels: Kernels) -> None:

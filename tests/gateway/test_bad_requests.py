@@ -8,11 +8,12 @@ import pydantic
 import pytest
 
 from localmoe.backends.scripted import ScriptedBackend
-from localmoe.gateway.completions_schema import CompletionRequest
+from localmoe.gateway.openai.completions_schema import CompletionRequest
 from localmoe.text.text_model import TextModel
 from support.tiny_text import write_tiny_text_model
 
 HI = [{"role": "user", "content": "hi"}]
+AUDIO = {"data": "aGk=", "format": "wav"}
 LONG = 10**9
 
 
@@ -45,44 +46,55 @@ CASES: list[tuple[tuple[str, Any], int, str, str | None]] = [
     (
         message(role="robot"),
         400,
-        "'system', 'developer', 'user' or 'assistant'; got \"robot\"",
+        "'system', 'developer', 'user', 'assistant' or 'tool'; got \"robot\"",
         "messages[0].role",
     ),
-    (message(role="tool", tool_call_id="x"), 400, "not supported", "messages[0].tool_call_id"),
-    (message(role="tool"), 400, "'system', 'developer', 'user'", "messages[0].role"),
+    (message(role="tool", tool_call_id="x"), 400, "no earlier message", "messages[0].tool_call_id"),
+    (message(role="tool"), 400, "required with role 'tool'", "messages[0].tool_call_id"),
     (message(role=None), 400, "got null", "messages[0].role"),
-    (message(content=None), 400, "messages[0].content: Input should be a valid string", "messages[0].content"),
+    (message(content=None), 400, "messages[0].content: required", "messages[0].content"),
     (message(content=7), 400, "valid string; got 7", "messages[0].content"),
     (message(content="\udc00"), 400, "lone surrogates", "messages[0].content"),
     (message(content=[]), 400, "at least 1 item", "messages[0].content"),
-    (message(content=["hi"]), 400, "valid dictionary", "messages[0].content[0]"),
+    (message(content=["hi"]), 400, "content parts are objects with a type", "messages[0].content[0].type"),
     (message(content=[{"type": "text"}]), 400, "text is required", "messages[0].content[0].text"),
     (
         message(content=[{"type": "image_url", "image_url": {"url": "http://x"}}]),
         400,
-        "content parts of type 'image_url' are not supported",
+        "no content parts of type 'image_url'; send text",
         "messages[0].content[0].type",
     ),
-    (message(content=[{"type": "input_audio"}]), 400, "'input_audio'", "messages[0].content[0].type"),
+    (
+        message(content=[{"type": "text", "text": "a"}, {"type": "input_audio", "input_audio": AUDIO}]),
+        400,
+        "no content parts of type 'input_audio'; send text",
+        "messages[0].content[1].type",
+    ),
+    (
+        (
+            "/v1/tokenize",
+            {"model": "tiny", "messages": [{"role": "user", "content": [{"type": "file", "file": {}}]}]},
+        ),
+        400,
+        "no content parts of type 'file'",
+        "messages[0].content[0].type",
+    ),
+    (message(content=[{"type": "input_audio"}]), 400, "is required", "messages[0].content[0].input_audio"),
     (
         message(content=[{"type": "text", "text": "a", "x": 1}]),
         400,
         "not a field of this API",
         "messages[0].content[0].x",
     ),
-    (message(tool_calls=[{"id": "a"}]), 400, "not supported by this server", "messages[0].tool_calls"),
+    (message(tool_calls=[{"id": "a"}]), 400, "objects with a type", "messages[0].tool_calls[0].type"),
     (message(function_call={"name": "f"}), 400, "not supported", "messages[0].function_call"),
     (message(weight=1), 400, "messages[0].weight is not a field", "messages[0].weight"),
     (message(name=""), 400, "at least 1 character", "messages[0].name"),
-    (chat(tools=[{"type": "function"}]), 400, "tools: not supported by this server; leave it out", "tools"),
-    (chat(tool_choice="required"), 400, "not supported", "tool_choice"),
-    (chat(tool_choice={"type": "function"}), 400, "not supported", "tool_choice"),
     (chat(functions=[{}]), 400, "not supported", "functions"),
     (chat(function_call={"name": "f"}), 400, "not supported", "function_call"),
-    (chat(response_format={"type": "json_object"}), 400, "not supported", "response_format"),
     (chat(modalities=["text", "audio"]), 400, "not supported", "modalities"),
     (chat(audio={"voice": "x"}), 400, "not supported", "audio"),
-    (chat(reasoning_effort="low"), 400, "not supported", "reasoning_effort"),
+    (chat(moderation={"model": "x"}), 400, "not supported", "moderation"),
     (chat(web_search_options={}), 400, "not supported", "web_search_options"),
     (chat(store=True), 400, "not supported", "store"),
     (chat(best_of=2), 400, "not supported", "best_of"),
@@ -179,7 +191,7 @@ CASES: list[tuple[tuple[str, Any], int, str, str | None]] = [
     ),
     (completion(prompt=["a", "世" * 2000]), 400, "6000 bytes are at least 500 tokens", "prompt[1]"),
     (("/v1/tokenize", {"model": "tiny", "prompt": "a" * 9999}), 400, "at least 834 tokens", "prompt"),
-    (completion(suffix="x"), 400, "suffix: not supported", "suffix"),
+    (completion(suffix="x"), 400, "was not made to fill in", "suffix"),
     (completion(best_of=3), 400, "best_of: not supported", "best_of"),
     (completion(logprobs=21), 400, "less than or equal to 20", "logprobs"),
     (completion(logprobs=True), 400, "valid integer", "logprobs"),
@@ -220,7 +232,7 @@ CODES = [
     (chat(n=0), "invalid_value"),
     (chat(n="1"), "invalid_type"),
     (chat(foo=1), "unknown_parameter"),
-    (chat(tools=[1]), "unsupported_parameter"),
+    (chat(functions=[1]), "unsupported_parameter"),
     (("/v1/completions", {"model": "tiny"}), "missing_required_parameter"),
     (chat(max_tokens=1000), "context_length_exceeded"),
     (chat(model="x"), "model_not_found"),

@@ -11,12 +11,10 @@ import pytest
 from localmoe.backends.scripted import ScriptedBackend
 from localmoe.core.events import EventBus, RequestFinished
 from localmoe.core.request import Request, SamplingParams
-from localmoe.gateway.app import create_app
-from localmoe.gateway.chat_schema import ChatCompletion, ChatCompletionChunk
-from localmoe.gateway.config import GatewayConfig
+from localmoe.gateway.openai.chat_schema import ChatCompletion, ChatCompletionChunk
 from localmoe.text.chat_template import ChatTemplate
 from localmoe.text.text_model import TextModel
-from support.tiny_text import encode, served_model, write_tiny_text_model
+from support.tiny_text import encode, gateway_app, served_model, write_tiny_text_model
 
 URL = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -275,7 +273,7 @@ async def test_harmless_fields_are_named_in_a_header(serve, text_model: TextMode
         "metadata": {"a": "b"},
         "store": False,
         "service_tier": "auto",
-        "parallel_tool_calls": True,
+        "verbosity": "low",
         "stream_options": {"include_obfuscation": False},
         "stream": True,
     }
@@ -285,7 +283,7 @@ async def test_harmless_fields_are_named_in_a_header(serve, text_model: TextMode
         plain = await client.post(URL, json=body(**neutral))
     assert response.status_code == 200
     assert response.headers["x-localmoe-ignored"] == (
-        "user, metadata, store, service_tier, parallel_tool_calls, stream_options.include_obfuscation"
+        "user, metadata, store, service_tier, verbosity, stream_options.include_obfuscation"
     )
     assert plain.status_code == 200
     assert "x-localmoe-ignored" not in plain.headers
@@ -302,11 +300,12 @@ async def test_text_parts_and_echoed_assistant_messages(serve, text_model: TextM
         "annotations": [],
         "audio": None,
     }
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "c"}]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "c", "prompt_cache_breakpoint": {}}]
     messages = [{"role": "user", "content": parts}, echoed, *HI]
     async with serve(backend) as client:
         response = await client.post(URL, json=body(messages=messages))
     assert response.status_code == 200
+    assert response.headers["x-localmoe-ignored"] == "messages.content.prompt_cache_breakpoint"
     prompt = text_model.tokenizer.decode(seen[0].prompt_ids, skip_special_tokens=False)
     assert prompt.startswith("<|im_start|>user\na\nc<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n")
 
@@ -314,7 +313,7 @@ async def test_text_parts_and_echoed_assistant_messages(serve, text_model: TextM
 async def test_every_answer_is_published(serve, text_model: TextModel) -> None:
     events: list[Any] = []
     bus = EventBus()
-    bus.subscribe(events.append)
+    bus.subscribe(lambda event: events.append(event) if isinstance(event, RequestFinished) else None)
     ids = encode(text_model, "hello fox")
     async with serve(ScriptedBackend(ids), bus=bus) as client:
         await client.post(URL, json=body())
@@ -345,7 +344,7 @@ async def test_a_large_conversation_leaves_the_event_loop_free(text_model: TextM
     messages = [{"role": "user", "content": "the quick brown fox " * 50_000}]
     # So long a context that only tokenizing tells that this does not fit.
     model = served_model(text_model, ScriptedBackend([9]), context_tokens=100_000)
-    app = create_app([model], config=GatewayConfig(), bus=EventBus(), render_metrics=lambda: (b"", ""))
+    app = gateway_app(model)
     transport = httpx2.ASGITransport(app=app)
     async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
         ticker = asyncio.create_task(tick())
@@ -375,7 +374,7 @@ async def test_what_the_engine_says_first_counts_however_the_answer_ends(
 
     finished: list[RequestFinished] = []
     bus = EventBus()
-    bus.subscribe(finished.append)
+    bus.subscribe(lambda event: finished.append(event) if isinstance(event, RequestFinished) else None)
     async with serve(Caching(encode(text_model, "hello world, fox")), bus=bus) as client:
         whole = (await client.post(URL, json=body(stop=stop))).json()
         options = {"stream": True, "stream_options": {"include_usage": True}}
@@ -397,9 +396,9 @@ async def test_templates_are_rendered_off_the_event_loop(serve, monkeypatch: pyt
     threads: list[int] = []
     render = ChatTemplate.render
 
-    def watched(template: ChatTemplate, messages: Any) -> str:
+    def watched(template: ChatTemplate, messages: Any, **options: Any) -> str:
         threads.append(threading.get_ident())
-        return render(template, messages)
+        return render(template, messages, **options)
 
     monkeypatch.setattr(ChatTemplate, "render", watched)
     async with serve(ScriptedBackend([9])) as client:

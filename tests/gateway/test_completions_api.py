@@ -10,8 +10,8 @@ import pytest
 from localmoe.backends.scripted import ScriptedBackend
 from localmoe.core.errors import EngineFaultError
 from localmoe.core.request import Request, TokenChunk
-from localmoe.gateway.completions_schema import Completion
 from localmoe.gateway.config import GatewayConfig
+from localmoe.gateway.openai.completions_schema import Completion
 from localmoe.text.text_model import TextModel
 from localmoe.text.tokenizer import Tokenizer
 from support.tiny_text import BOS, encode, write_tiny_text_model
@@ -179,6 +179,17 @@ async def test_minus_infinity_is_written_as_a_number(serve, text_model: TextMode
     assert sorted(top.values()) == [-9999.0, 0.0]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_of_one_token_has_no_log_probabilities(serve, text_model: TextModel, stream: bool) -> None:
+    # An answer that begins with a part of a character, so that nothing of it is seen at first.
+    async with serve(ScriptedBackend(encode(text_model, "世"))) as client:
+        response = await client.post(URL, json=body(prompt=[9], echo=True, logprobs=0, stream=stream))
+    assert response.status_code == 200, response.text
+    choices = [event["choices"][0] for event in events(response.text)] if stream else response.json()["choices"]
+    assert choices[0]["logprobs"]["token_logprobs"][0] is None
+    assert "".join(choice["text"] for choice in choices).endswith("世")
+
+
 async def test_an_engine_that_does_not_score_is_at_fault(serve, text_model: TextModel) -> None:
     class Forgetful(ScriptedBackend):
         async def generate(self, request: Request):
@@ -270,6 +281,17 @@ async def test_many_small_texts_are_tokenized_off_the_event_loop(serve, monkeypa
         assert (await client.post(URL, json=body(prompt=["hi"] * 3))).is_success
         assert (await client.post(URL, json=body(prompt=["hi " * 40] * 100, max_tokens=1))).is_success
     assert watched.in_loop == [True] * 3 + [False] * 100
+
+
+async def test_many_small_texts_to_fill_in_between_are_too(
+    serve, coder: TextModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(monkeypatch)
+    async with serve(ScriptedBackend([9]), text=coder) as client:
+        fields = {"prompt": ["hi"] * 100, "suffix": "a" * 100, "max_tokens": 1}
+        assert (await client.post(URL, json=body(**fields))).is_success
+    assert watched.in_loop
+    assert not any(watched.in_loop)
 
 
 async def test_a_text_that_cannot_fit_is_not_tokenized(serve, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,10 @@ from fastapi import FastAPI
 
 from localmoe.backends.scripted import ScriptedBackend
 from localmoe.core.errors import BackendUnavailableError
-from localmoe.core.events import EventBus
 from localmoe.core.inspection import Inspection, InspectionList
-from localmoe.gateway.app import create_app
-from localmoe.gateway.config import GatewayConfig
 from localmoe.text.text_model import TextModel
 from support.inspections import make_inspection
-from support.tiny_text import served_model
+from support.tiny_text import gateway_app, served_model
 
 
 class Inspected:
@@ -33,11 +30,11 @@ class Inspected:
 
 
 def app_of(text_model: TextModel, **models: Inspected | None) -> FastAPI:
-    served = [
-        dataclasses.replace(served_model(text_model, ScriptedBackend([5]), model_id=name), inspectable=inspectable)
-        for name, inspectable in models.items()
-    ]
-    return create_app(served, config=GatewayConfig(), bus=EventBus(), render_metrics=lambda: (b"", "text/plain"))
+    served = []
+    for name, inspectable in models.items():
+        model = served_model(text_model, ScriptedBackend([5]), model_id=name)
+        served.append(dataclasses.replace(model, inspectables=[inspectable] if inspectable else []))
+    return gateway_app(*served)
 
 
 async def ask(app: FastAPI) -> httpx2.Response:
@@ -59,7 +56,7 @@ async def test_every_model_that_can_be_looked_into_is_listed(text_model: TextMod
 
 async def test_an_engine_that_is_not_ready_is_503(text_model: TextModel) -> None:
     error = BackendUnavailableError("the engine of a is not ready: it is starting")
-    response = await ask(app_of(text_model, a=Inspected(error), b=Inspected(make_inspection())))
+    response = await ask(app_of(text_model, a=Inspected(error)))
     assert response.status_code == 503
     assert response.headers["retry-after"] == "1"
     assert response.json()["error"] == {
@@ -68,6 +65,14 @@ async def test_an_engine_that_is_not_ready_is_503(text_model: TextModel) -> None
         "param": None,
         "code": "engine_unavailable",
     }
+
+
+async def test_an_engine_that_is_not_ready_does_not_hide_the_others(text_model: TextModel) -> None:
+    error = BackendUnavailableError("the engine of a is not ready: it is starting")
+    other = make_inspection(model="b")
+    response = await ask(app_of(text_model, a=Inspected(error), b=Inspected(other)))
+    assert response.status_code == 200
+    assert msgspec.json.decode(response.content, type=InspectionList).data == [other]
 
 
 async def test_only_get_is_allowed(text_model: TextModel) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from localmoe.backends.scripted import ScriptedBackend
-from localmoe.core.events import EventBus
-from localmoe.gateway.app import create_app
+from localmoe.core.current import Current
 from localmoe.gateway.config import GatewayConfig
-from localmoe.gateway.middleware import BodyLimitMiddleware, RequestIdMiddleware
+from localmoe.gateway.middleware.body_limit import BodyLimitMiddleware
+from localmoe.gateway.middleware.crash import CrashMiddleware
+from localmoe.gateway.middleware.request_id import RequestIdMiddleware
 from localmoe.text.text_model import TextModel
-from support.tiny_text import scripted_app, served_model
+from support.tiny_text import scripted_app
 
 CHAT = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
@@ -28,6 +29,8 @@ async def test_models(serve) -> None:
             "created": 1_700_000_000,
             "owned_by": "localmoe",
             "max_model_len": 256,
+            "root": "tiny",
+            "parent": None,
         }
         assert (await client.get("/v1/models")).json() == {"object": "list", "data": [card]}
         assert (await client.get("/v1/models/tiny")).json() == card
@@ -184,8 +187,8 @@ async def test_a_senseless_content_length_is_refused(declared: str) -> None:
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "headers": [(b"content-length", declared.encode("utf-8"))]}
-    await BodyLimitMiddleware(app, max_body_bytes=4096, timeout_s=60)(scope, receive, send)
+    scope = {"type": "http", "path": "/", "headers": [(b"content-length", declared.encode("utf-8"))]}
+    await BodyLimitMiddleware(app, config=Current(GatewayConfig(max_body_bytes=4096)))(scope, receive, send)
     assert sent[0]["status"] == 413
 
 
@@ -231,7 +234,8 @@ async def test_a_crash_is_a_plain_500(caplog: pytest.LogCaptureFixture) -> None:
     async def receive() -> dict[str, Any]:
         return {"type": "http.disconnect"}
 
-    await RequestIdMiddleware(crash)({"type": "http", "headers": []}, receive, send)
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+    await RequestIdMiddleware(CrashMiddleware(crash))(scope, receive, send)
     assert sent[0]["status"] == 500
     assert dict(sent[0]["headers"])[b"x-request-id"]
     assert json.loads(sent[1]["body"])["error"]["code"] == "internal_error"
@@ -245,12 +249,6 @@ async def test_metrics_are_served(serve) -> None:
         response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=")
     assert 'vllm:request_success_total{finished_reason="stop",model_name="tiny"} 1.0' in response.text
-
-
-def test_two_models_of_one_name_are_refused(text_model: TextModel) -> None:
-    model = served_model(text_model, ScriptedBackend([5]))
-    with pytest.raises(ValueError, match="two served models are named 'tiny'"):
-        create_app([model, model], config=GatewayConfig(), bus=EventBus(), render_metrics=lambda: (b"", ""))
 
 
 def test_the_configuration_refuses_senseless_values() -> None:

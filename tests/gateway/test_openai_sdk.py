@@ -1,53 +1,20 @@
 """OpenAI's own client, unmodified, against a real server; and what loading the gateway drags in."""
 
-import asyncio
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
-import uvicorn
 
 from localmoe.backends.scripted import ScriptedBackend, ScriptedFailure
 from localmoe.core.errors import EngineFaultError, OverloadedError
 from localmoe.core.request import Request
 from localmoe.text.text_model import TextModel
+from support.live_server import LiveServer
 from support.tiny_text import encode, scripted_app
-
-
-class Server:
-    """uvicorn in a thread on a free port of the loopback."""
-
-    def __init__(self, text_model: TextModel, backend: ScriptedBackend) -> None:
-        config = uvicorn.Config(scripted_app(text_model, backend), port=0, log_level="warning", ws="none")
-        self._server = uvicorn.Server(config)
-        self._backend = backend
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        async def main() -> None:
-            await self._backend.start()
-            await self._server.serve()
-
-        asyncio.run(main())
-
-    def __enter__(self) -> str:
-        self._thread.start()
-        deadline_s = time.monotonic() + 10
-        while not self._server.started:
-            assert time.monotonic() < deadline_s
-            time.sleep(0.01)
-        port = self._server.servers[0].sockets[0].getsockname()[1]
-        return f"http://127.0.0.1:{port}/v1"
-
-    def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
-        self._thread.join(10)
-        assert not self._thread.is_alive()
 
 
 @pytest.fixture
@@ -62,8 +29,8 @@ def backend(text_model: TextModel) -> ScriptedBackend:
 @pytest.fixture
 def sdk(text_model: TextModel, backend: ScriptedBackend) -> Iterator[openai.OpenAI]:
     with (
-        Server(text_model, backend) as url,
-        openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client,
+        LiveServer(scripted_app(text_model, backend), backend.start) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
     ):
         yield client
 
@@ -114,6 +81,18 @@ def test_the_sdk_understands_our_errors(sdk: openai.OpenAI, backend: ScriptedBac
     with pytest.raises(openai.InternalServerError) as busy:
         sdk.completions.create(model="tiny", prompt="a", stream=True)
     assert busy.value.status_code == 503
+    backend._failure = ScriptedFailure(error=EngineFaultError("broken"))
+    asked: list[Request] = []
+
+    def script(request: Request) -> list[int]:
+        asked.append(request)
+        return [5]
+
+    backend._script = script
+    with pytest.raises(openai.InternalServerError, match="broken"):
+        sdk.with_options(max_retries=2).completions.create(model="tiny", prompt="a")
+    assert len(asked) == 1
+    backend._script = lambda _: [5] * 3
     backend._failure = ScriptedFailure(error=EngineFaultError("broken"), after_tokens=2)
     with pytest.raises(openai.APIError, match="broken"):
         list(sdk.completions.create(model="tiny", prompt="a", stream=True))
@@ -129,8 +108,9 @@ def test_leaving_frees_the_engine(
             pass
         answer.close()
     else:
+        backend._delay_s = 0.02
         with pytest.raises(openai.APITimeoutError):
-            sdk.with_options(timeout=0.1).completions.create(model="tiny", prompt="forever", max_tokens=200)
+            sdk.with_options(timeout=0.5).completions.create(model="tiny", prompt="forever", max_tokens=200)
     deadline_s = time.monotonic() + 5
     while backend.num_running and time.monotonic() < deadline_s:
         time.sleep(0.01)
@@ -141,6 +121,7 @@ TORCH_FREE = """
 import asyncio, sys
 from pathlib import Path
 import httpx2
+from support.live_server import LiveServer
 from support.tiny_text import encode, scripted_app
 from localmoe.backends.scripted import ScriptedBackend
 from localmoe.text.text_model import TextModel

@@ -15,7 +15,7 @@ from localmoe.core.errors import (
     LocalMoEError,
     OverloadedError,
 )
-from localmoe.core.events import EventBus
+from localmoe.core.events import EventBus, RequestFinished
 from localmoe.core.request import Request, TokenChunk
 from localmoe.gateway.config import GatewayConfig
 from localmoe.text.text_model import TextModel
@@ -47,6 +47,7 @@ async def test_a_failure_before_the_first_token_is_a_plain_error(
         "param": None,
         "code": code,
     }
+    assert ("x-should-retry" in response.headers) == (code == "engine_fault")
     if isinstance(error, BackendUnavailableError):
         assert int(response.headers["retry-after"]) == -(-error.retry_after_s // 1)
         assert int(response.headers["retry-after-ms"]) == error.retry_after_s * 1000
@@ -183,7 +184,7 @@ async def test_a_client_that_leaves_frees_the_engine(
 ) -> None:
     outcomes: list[str] = []
     bus = EventBus()
-    bus.subscribe(lambda event: outcomes.append(event.outcome))
+    bus.subscribe(lambda event: outcomes.append(event.outcome) if isinstance(event, RequestFinished) else None)
     backend = ScriptedBackend([60] * 200, delay_s=delay_s)
     await backend.start()
     client = Client(scripted_app(text_model, backend, bus=bus), {**BODY, "stream": stream, "n": n})

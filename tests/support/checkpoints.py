@@ -5,7 +5,7 @@ visible in the logits. Norms differ too, from each other and from one element to
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,12 +63,13 @@ _CONFIGS: dict[str, Callable[..., transformers.PretrainedConfig]] = {
 
 
 def write_checkpoint(
-    directory: Path, model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
+    directory: Path, model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **sizes: int
 ) -> Path:
     """Write a checkpoint of an architecture, with a tokenizer and chat template; returns its directory.
 
     `llama` has Llama 3's rotary scaling and ties its embeddings; `mixtral` has 8 experts, top-2; `olmoe` 8, top-3,
-    whose weights do not sum to one; `qwen3_moe` 4, top-2, and heads wider than the hidden size divides into.
+    whose weights do not sum to one; `qwen3_moe` 4, top-2, and heads wider than the hidden size divides into. Some
+    engines take only some sizes, which `sizes` are, in the words of the architecture's configuration.
     """
     write_tiny_text_model(directory)
     config = _CONFIGS[model_type](
@@ -81,6 +82,7 @@ def write_checkpoint(
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=None,
+        **sizes,
     )
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
@@ -95,6 +97,27 @@ def write_checkpoint(
 def load_reference(directory: Path) -> torch.nn.Module:
     """The same checkpoint in transformers, float32."""
     return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def greedy_reference(
+    directory: Path, prompts: Sequence[list[int]], num_tokens: int, eos_token_ids: Sequence[int] = ()
+) -> list[list[int]]:
+    """What transformers generates, in float32, after each prompt: so many tokens, or up to an end token."""
+    model: Any = load_reference(directory)
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=num_tokens,
+                do_sample=False,
+                eos_token_id=list(eos_token_ids) or None,
+                pad_token_id=0,
+            )
+        answers.append(out[0, len(prompt) :].tolist())
+    return answers
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -103,6 +103,12 @@ def greedy(name: str, prompt_ids: list[int], max_tokens: int = 64) -> Request:
     return Request(id=name, model="test", prompt_ids=prompt_ids, sampling=sampling)
 
 
+def to_embed(name: str, prompt_ids: list[int]) -> Request:
+    """Asks for a prompt's embedding."""
+    sampling = SamplingParams(max_tokens=0, temperature=0.0)
+    return Request(id=name, model="test", prompt_ids=prompt_ids, sampling=sampling, embed=True)
+
+
 def run(engine: Engine, requests: Iterable[Request]) -> dict[str, list[int]]:
     """Submit all at once and step until everything is finished."""
     tokens: dict[str, list[int]] = {}

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,10 +12,30 @@ from localmoe.cli.server_process import ServerProcess
 
 
 @contextmanager
-def running_server(home: Path, model: str, weights: str) -> Iterator[tuple[str, int]]:
-    """Yields (URL, process id) of a server that is ready."""
-    command = ["env", f"LOCALMOE_HOME={home}", sys.executable, "-m", "localmoe", "serve", model]
-    with ServerProcess([*command, "--port", "0", "--weights", weights]) as process:
+def running_server(
+    home: Path,
+    model: str | None,
+    weights: str | None,
+    *,
+    engines: Sequence[str] = (),
+    settings: Mapping[str, str] | None = None,
+) -> Iterator[tuple[str, int]]:
+    """Yields (URL, process id) of a server that is ready.
+
+    Args:
+        model: None: what the settings say.
+        weights: likewise.
+        engines: likewise, where there are none.
+        settings: environment variables, without `LOCALMOE_`.
+    """
+    variables = {"LOCALMOE_HOME": str(home), **{f"LOCALMOE_{k}": v for k, v in (settings or {}).items()}}
+    command = ["env", *(f"{name}={value}" for name, value in variables.items())]
+    command += [sys.executable, "-m", "localmoe", "serve", "--port", "0"]
+    command += [] if model is None else [model]
+    command += [] if weights is None else ["--weights", weights]
+    for engine in engines:
+        command += ["--engine", engine]
+    with ServerProcess(command) as process:
         url = process.wait_listening(lambda line: None)
         wait_ready(url, process.check_alive)
         yield url, process.pid
@@ -30,6 +50,15 @@ def wait_ready(url: str, check_alive: object = None) -> None:
 
 def engine_pid(server_pid: int) -> int:
     """The server's engine process."""
+    pids = engine_pids(server_pid)
+    if not pids:
+        raise AssertionError(f"process {server_pid} has no engine")
+    return pids[0]
+
+
+def engine_pids(server_pid: int) -> list[int]:
+    """The server's native engines, the oldest first."""
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(stat.read_text().rpartition(")")[2].split()[1])
@@ -37,8 +66,16 @@ def engine_pid(server_pid: int) -> int:
         except OSError:
             continue  # it ended while we looked
         if parent == server_pid and b"localmoe.engine.process" in command:
-            return int(stat.parent.name)
-    raise AssertionError(f"process {server_pid} has no engine")
+            pids.append(int(stat.parent.name))
+    return sorted(pids)
+
+
+def check_gone(pid: int) -> None:
+    """Wait until a process has ended."""
+    deadline = time.monotonic() + 15
+    while Path(f"/proc/{pid}").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.05)
 
 
 def resident_bytes(pid: int) -> int:

@@ -9,12 +9,19 @@ from fastapi import FastAPI
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from localmoe.backends.scripted import ScriptedBackend
+from localmoe.core.current import Current
+from localmoe.core.errors import ModelNotFoundError
 from localmoe.core.events import EventBus
-from localmoe.core.protocols import Generator
+from localmoe.core.protocols import Generator, ModelOperations
+from localmoe.core.serving import ModelSpec
 from localmoe.gateway.app import create_app
 from localmoe.gateway.config import GatewayConfig
-from localmoe.gateway.context import ServedModel
+from localmoe.gateway.context import ServedModel, Services
+from localmoe.gateway.middleware.stack import Guard
+from localmoe.gateway.responses.store import MemoryResponseStore
+from localmoe.hardware.meter import HardwareMeter
 from localmoe.observability.metrics import Metrics
+from localmoe.observability.performance import Performance
 from localmoe.text.text_model import TextModel
 
 BOS, EOS = "<|im_start|>", "<|im_end|>"
@@ -76,19 +83,54 @@ def served_model(
     )
 
 
+class FakeOperations:
+    """Knows no model to load."""
+
+    async def load(self, spec: ModelSpec) -> None:
+        raise ModelNotFoundError(f"model {spec.model!r} is not here")
+
+    async def unload(self, name: str) -> None:
+        raise ModelNotFoundError(f"model {name!r} is not here")
+
+    async def switch(self, name: str | None, spec: ModelSpec) -> None:
+        raise ModelNotFoundError(f"model {spec.model!r} is not here")
+
+
+def make_services(bus: EventBus, *, operations: ModelOperations | None = None) -> Services:
+    """As `localmoe serve` has them, but without a fleet."""
+    return Services(
+        operations=operations or FakeOperations(),
+        performance=Performance(bus),
+        memory=HardwareMeter(),
+        render_metrics=Metrics(bus).render,
+        responses=MemoryResponseStore(),
+    )
+
+
+def gateway_app(
+    *models: ServedModel,
+    config: GatewayConfig | None = None,
+    bus: EventBus | None = None,
+    guard: Guard | None = None,
+) -> FastAPI:
+    """A gateway that serves these models, whose backends are the caller's to start."""
+    bus = bus or EventBus()
+    return create_app(
+        {model.id: model for model in models},
+        services=make_services(bus),
+        config=Current(config or GatewayConfig()),
+        bus=bus,
+        guard=guard or Guard(),
+    )
+
+
 def scripted_app(
     text_model: TextModel,
     backend: ScriptedBackend,
     *,
     config: GatewayConfig | None = None,
     bus: EventBus | None = None,
+    guard: Guard | None = None,
 ) -> FastAPI:
     """A gateway that serves one scripted model named `tiny`. The backend is the caller's to start."""
-    bus = bus or EventBus()
-    metrics = Metrics(bus)
-    return create_app(
-        [served_model(text_model, backend)],
-        config=config or GatewayConfig(),
-        bus=bus,
-        render_metrics=metrics.render,
-    )
+    return gateway_app(served_model(text_model, backend), config=config, bus=bus, guard=guard)

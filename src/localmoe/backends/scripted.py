@@ -1,13 +1,18 @@
 """A backend that recites: for tests, and for measuring the gateway without an engine behind it.
 
 It honours `max_tokens`, `stop_token_ids`, cancellation and the shape of log-probabilities and usage. It knows no
-probabilities: the recited token is always reported at -0.5 and the alternatives below it.
+probabilities: the recited token is always reported at -0.5 and the alternatives below it. An embedding has 8
+dimensions, and says how often the prompt has token ids of each remainder by 8.
 """
 
 import asyncio
+import math
+import struct
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+
+import msgspec
 
 from localmoe.core.errors import BackendUnavailableError, LocalMoEError
 from localmoe.core.request import FinishReason, Request, TokenChunk, TokenLogprob, Usage
@@ -31,14 +36,21 @@ class ScriptedBackend:
             its end within `max_tokens` finishes with `stop`.
         delay_s: pause before each token.
         failure: where the answer breaks off, if it does.
+        capacity: see `Backend.capacity`.
     """
 
     def __init__(
-        self, script: Sequence[int] | Script, *, delay_s: float = 0.0, failure: ScriptedFailure | None = None
+        self,
+        script: Sequence[int] | Script,
+        *,
+        delay_s: float = 0.0,
+        failure: ScriptedFailure | None = None,
+        capacity: int = 1000,
     ) -> None:
         self._script: Script = script if callable(script) else lambda _: script
         self._delay_s = delay_s
         self._failure = failure
+        self.capacity = capacity
         self._started = False
         self.num_running = 0
         """Requests being answered now."""
@@ -58,6 +70,10 @@ class ScriptedBackend:
         """See `Generator.is_ready`."""
         return self._started
 
+    def refusal(self, request: Request) -> str | None:
+        """See `Backend.refusal`."""
+        return None
+
     async def generate(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
         """See `Generator.generate`."""
         if not self._started:
@@ -75,6 +91,11 @@ class ScriptedBackend:
 
     async def _recite(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
         sampling = request.sampling
+        if request.embed:
+            await self._pause(0)
+            chunk = self._chunk(request, [], 0, FinishReason.LENGTH, None)
+            yield msgspec.structs.replace(chunk, embedding=_embedding(request.prompt_ids))
+            return
         answer = list(self._script(request))
         prompt_logprobs = None
         if sampling.prompt_logprobs is not None:
@@ -86,6 +107,8 @@ class ScriptedBackend:
             yield self._chunk(request, [], 0, nothing, prompt_logprobs)
             return
         for index, token_id in enumerate(answer):
+            if index < len(request.resumed_ids):
+                continue
             await self._pause(index)
             reason: FinishReason | None = None
             if token_id in sampling.stop_token_ids or index + 1 == len(answer):
@@ -119,6 +142,11 @@ class ScriptedBackend:
             finish_reason=reason,
             usage=usage if num_tokens <= 1 or reason is not None else None,
         )
+
+
+def _embedding(prompt_ids: Sequence[int]) -> bytes:
+    counts = [sum(token_id % 8 == place for token_id in prompt_ids) for place in range(8)]
+    return struct.pack("<8f", *(count / math.hypot(*counts) for count in counts))
 
 
 def _logprob(token_id: int, num_top: int) -> TokenLogprob:

@@ -17,13 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from localmoe.bench.grammars import GrammarStreams, grammar_ms
 from localmoe.bench.machine import READ_BYTES, cpu_name, read_bandwidth_bytes_s
 from localmoe.bench.shapes import BenchModel
 from localmoe.core.errors import ChecksumError, ConfigError, EngineFaultError, EngineStartError
 from localmoe.core.events import TierState
 from localmoe.core.model import ModelShape, WeightFormat
 from localmoe.core.plans import BatchPlan, SequenceStep
-from localmoe.core.protocols import ExpertExecutor, Routed
+from localmoe.core.protocols import ExpertExecutor, Routed, TokenMatcher
 from localmoe.core.request import SamplingParams
 from localmoe.engine.config import EngineConfig, kv_bytes_per_token, num_weights
 from localmoe.engine.executor import Executor, forward_with
@@ -84,6 +85,8 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of a step by its mean time."""
     roof_fraction: dict[int, float]
     """That as a share of the machine's read bandwidth."""
+    grammar_ms: dict[int, float]
+    """What a step takes longer where each stream follows a JSON schema; empty for a shape without a tokenizer."""
 
 
 class RecordingExperts:
@@ -177,6 +180,11 @@ def measure_engine(
     for num_streams in workload.streams:
         say(f"decode, streams: {num_streams}")
         decoded[num_streams] = bench.decode(num_streams)
+    grammars_ms = {}
+    if model.tokenizer_path is not None:
+        for num_streams in workload.streams:
+            say(f"decode by a grammar, streams: {num_streams}")
+            grammars_ms[num_streams] = grammar_ms(bench, model.tokenizer_path, num_streams)
     del bench, decoder  # their memory is needed to read
     say("reading memory once more")
     # A shared machine changes its speed within minutes, and no step should beat the roof that it is held against.
@@ -200,6 +208,7 @@ def measure_engine(
         step_bytes={n: d.step_bytes for n, d in decoded.items()},
         read_gb_s={n: rate / 1e9 for n, rate in read_bytes_s.items()},
         roof_fraction={n: rate / bandwidth for n, rate in read_bytes_s.items()},
+        grammar_ms=grammars_ms,
     )
 
 
@@ -251,6 +260,7 @@ class StepBench:
         self, decoder: Decoder, kernels: Kernels, weights: WeightFormat, config: EngineConfig, workload: Workload
     ) -> None:
         self._shape = decoder.shape
+        self.vocab_size, self.device = decoder.shape.vocab_size, kernels.device
         self._weights = weights
         self._block_tokens = config.block_tokens
         self._kv_dtype = "f32" if config.kv_cache_dtype == "f32" else "bf16"
@@ -299,16 +309,28 @@ class StepBench:
             step_bytes=statistics.mean(bytes_P),
         )
 
-    def step(self, num_streams: int, num_tokens: int, start: int) -> tuple[float, NDArray[np.int32]]:
-        """Seconds of a step in which each stream computes so many random tokens, and its experts [layers, T, K]."""
+    def step(
+        self, num_streams: int, num_tokens: int, start: int, grammars: GrammarStreams | None = None
+    ) -> tuple[float, NDArray[np.int32]]:
+        """Seconds of a step in which each stream computes so many random tokens, and its experts [layers, T, K].
+
+        Args:
+            grammars: that what is drawn follows.
+        """
         blocks_per_stream = self._num_blocks // num_streams
         ids_ST = self._rng.integers(0, self._shape.vocab_size, (num_streams, num_tokens)).tolist()
+        matchers: Sequence[TokenMatcher | None] = grammars.matchers if grammars else [None] * num_streams
         started_s = time.perf_counter()
         sequences = [
-            sequence_step(ids_T, start, range(stream * blocks_per_stream, (stream + 1) * blocks_per_stream))
-            for stream, ids_T in enumerate(ids_ST)
+            sequence_step(
+                ids_T, start, range(stream * blocks_per_stream, (stream + 1) * blocks_per_stream), matcher
+            )
+            for stream, (ids_T, matcher) in enumerate(zip(ids_ST, matchers, strict=True))
         ]
-        results = self._executor.execute(BatchPlan(sequences=tuple(sequences)))
+        plan = BatchPlan(sequences=tuple(sequences))
+        results = self._executor.execute(plan, grammars.begin_masks(plan) if grammars else {})
+        if grammars is not None:
+            grammars.take(plan, results)
         elapsed_s = time.perf_counter() - started_s
         for result in results.values():
             if result.fault:
@@ -316,7 +338,9 @@ class StepBench:
         return elapsed_s, self._recorder.take()
 
 
-def sequence_step(token_ids: Sequence[int], start: int, blocks: range) -> SequenceStep:
+def sequence_step(
+    token_ids: Sequence[int], start: int, blocks: range, matcher: TokenMatcher | None = None
+) -> SequenceStep:
     """The next tokens of a sequence that lies in these blocks of the cache."""
     return SequenceStep(
         sequence_id=blocks.start,
@@ -328,4 +352,5 @@ def sequence_step(token_ids: Sequence[int], start: int, blocks: range) -> Sequen
         seed=0,
         history=([], []),
         scores_prompt=False,
+        matcher=matcher,
     )

@@ -14,8 +14,6 @@ READ_BYTES = 2 << 30
 """Too much for any cache to help."""
 _COPY_BYTES = 256 << 20
 _READS_AT_ONCE = 8
-_DISK_BUFFER_BYTES = 32 << 20
-"""Of memory, at most, but for a single read that is larger."""
 _DISK_S = 1.0
 """How long the disk is measured."""
 

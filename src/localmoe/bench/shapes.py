@@ -57,6 +57,8 @@ class BenchModel:
     shape: ModelShape
     gguf: GGUFFile | None = None
     """Where the weights are; None: they are drawn at random."""
+    tokenizer_path: Path | None = None
+    """Directory of its tokenizer, where it has one."""
 
 
 def find_model(spec: str) -> BenchModel:
@@ -74,7 +76,12 @@ def find_model(spec: str) -> BenchModel:
         return BenchModel(name=path.name, shape=_parse(_gguf_config(file)), gguf=file)
     if path.suffix == ".json":
         name = path.resolve().parent.name if path.stem == "config" else path.stem
-        return BenchModel(name=name, shape=_parse(read_json_object(path)))
+        has_tokenizer = (path.parent / "tokenizer.json").exists()
+        return BenchModel(
+            name=name,
+            shape=_parse(read_json_object(path)),
+            tokenizer_path=path.parent if has_tokenizer else None,
+        )
     raise ConfigError(
         f"--shape is {spec!r}; give {', '.join(SHAPES)}, or the path of a config.json or a GGUF file"
     )

@@ -25,6 +25,8 @@ DEMO_NAME = "smollm2-8x135m"
 """The model that `catalog.demo` makes, and that is served when none is named."""
 
 _STRIPE_SUFFIX = ".stripe"
+_CHECKPOINT_LINK = "checkpoint"
+"""To where a converted model came from, for engines that read checkpoints."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _REQUIRED_FILES = ("config.json", "tokenizer.json")
@@ -159,7 +161,8 @@ class Catalog:
         return path
 
     def convert(self, source: Path, name: str, weights: WeightFormat, on_progress: Progress) -> Path:
-        """Take a Hugging Face checkpoint into the catalog: its JSON files and a store, not its weights.
+        """Take a Hugging Face checkpoint into the catalog: its JSON files and a store, not its weights, to which it
+        keeps a link.
 
         Returns:
             The new model's directory.
@@ -179,8 +182,18 @@ class Catalog:
                 )
             with fresh_directory(target) as directory:
                 _copy_companions(source, directory)
+                (directory / _CHECKPOINT_LINK).symlink_to(source.resolve())
                 write_model_store(checkpoint, directory, weights, on_progress)
         return target
+
+    def checkpoint_path(self, name: str) -> Path | None:
+        """The model's own weights, for engines that read checkpoints; None where they are not there any more.
+
+        Raises:
+            ModelNotFoundError: no such model.
+        """
+        directory = self.path(name)
+        return next((path for path in (directory, directory / _CHECKPOINT_LINK) if _has_checkpoint(path)), None)
 
     def verify(self, name: str, on_progress: Progress) -> tuple[VerifiedPart, ...]:
         """Check every checksum of every store, and the headers and names of the checkpoint.

@@ -10,6 +10,7 @@ import typer
 
 from localmoe.cli import bench_tables
 from localmoe.cli.progress import progress_bars
+from localmoe.cli.terminal import say
 from localmoe.config.settings import load_settings
 from localmoe.core.model import WeightFormat
 from localmoe.engine.config import EngineConfig
@@ -17,6 +18,7 @@ from localmoe.engine.config import EngineConfig
 if TYPE_CHECKING:
     from localmoe.bench.cache import CacheReport
     from localmoe.bench.engine import EngineReport
+    from localmoe.bench.gateway import GatewayReport
     from localmoe.bench.gpu import GpuReport
     from localmoe.bench.kernels import KernelReport
     from localmoe.bench.tiers import TiersReport
@@ -82,7 +84,7 @@ def engine(
     with progress_bars() as on_progress:
         path = ensure_store(model, stored, settings.home, on_progress)
     # No bars from here on: drawing them would take time from what is measured.
-    report = measure_engine(model, path, kernels, num_threads, config, workload, _say)
+    report = measure_engine(model, path, kernels, num_threads, config, workload, say)
     if as_json:
         _print_json(report)
     else:
@@ -145,7 +147,7 @@ def tiers(
         path = ensure_store(model, WeightFormat(weights), settings.home, on_progress)
     workload = Workload(streams=(1,), prompt_tokens=prompt_tokens)
     available_bytes = available_memory_bytes()
-    report = measure_tiers(model, path, kernels, gpu_kernels, config, workload, available_bytes, _say)
+    report = measure_tiers(model, path, kernels, gpu_kernels, config, workload, available_bytes, say)
     if as_json:
         _print_json(report)
     else:
@@ -195,7 +197,7 @@ def gpu(
     workload = GpuWorkload(
         steps=Workload(streams=counts, prompt_tokens=prompt_tokens), streams=Streams(), device_share=device_share
     )
-    report = measure_gpu(model, path, found, kernels, config, workload, _say)
+    report = measure_gpu(model, path, found, kernels, config, workload, say)
     if as_json:
         _print_json(report)
     else:
@@ -234,7 +236,7 @@ def kernels(
     kernels = _kernels(config, level, num_threads)
     if not isinstance(kernels, CpuKernels):
         raise ConfigError(f"--level is {kernels.level!r}, but only the C++ kernels are measured one by one")
-    report = measure_kernels(find_model(shape).shape, kernels, num_threads, _say, only=only)
+    report = measure_kernels(find_model(shape).shape, kernels, num_threads, say, only=only)
     if as_json:
         _print_json(report)
     else:
@@ -270,6 +272,27 @@ def cache(
         bench_tables.print_cache(reports)
 
 
+@app.command(
+    epilog="Examples: localmoe bench gateway · localmoe bench gateway --concurrency 128 --json",
+)
+def gateway(
+    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Streams at once.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what the gateway adds to streams: delay, processor time and memory, with no engine behind it.
+
+    Takes a minute. The tokenizer is the demo model's, which `localmoe serve` or `localmoe models build-demo` makes.
+    """
+    from localmoe.bench.gateway import measure_gateway
+    from localmoe.catalog.catalog import DEMO_NAME, Catalog
+
+    report = measure_gateway(concurrency, Catalog(load_settings().home).path(DEMO_NAME), say)
+    if as_json:
+        _print_json(report)
+    else:
+        bench_tables.print_gateway(report)
+
+
 def _gpu_kernels(setting: str, gpu_bytes: float | None) -> "Kernels | None":
     """Kernels of the GPU that so much memory is to be used of; None where the processor computes everything.
 
@@ -292,7 +315,9 @@ def _gpu_kernels(setting: str, gpu_bytes: float | None) -> "Kernels | None":
     return GpuKernels(device)
 
 
-def _print_json(report: "EngineReport | GpuReport | KernelReport | TiersReport | CacheReport") -> None:
+def _print_json(
+    report: "EngineReport | GatewayReport | GpuReport | KernelReport | TiersReport | CacheReport",
+) -> None:
     import msgspec
 
     typer.echo(msgspec.json.encode(report).decode())
@@ -322,10 +347,6 @@ def _parse_budgets(text: str) -> list[float]:
         message = f"{text!r} is not numbers above 0 and up to 1 with commas between"
         raise typer.BadParameter(message, param_hint="--budget-fraction")
     return [float(share) for share in shares]
-
-
-def _say(stage: str) -> None:
-    typer.echo(stage, err=True)
 
 
 def _num_threads(threads: int | None, config: EngineConfig) -> int:

@@ -8,6 +8,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from localmoe.bench.cache import CacheReport
     from localmoe.bench.engine import EngineReport
+    from localmoe.bench.gateway import GatewayReport
     from localmoe.bench.gpu import GpuReport
     from localmoe.bench.kernels import KernelReport
     from localmoe.bench.tiers import TiersReport
@@ -26,7 +27,9 @@ def print_engine(report: "EngineReport") -> None:
         f"{report.bytes_per_token / 1e6:.0f} MB and shares {report.overlap:.0%} of its experts with the one before",
         highlight=False,
     )
-    table = Table("streams", "tok/s", "experts a layer", "MB a step", "GB/s", "of the roof")
+    table = Table(
+        "streams", "tok/s", "experts a layer", "MB a step", "GB/s", "of the roof", "ms more by a grammar"
+    )
     for count, rate in report.aggregate_tok_s.items():
         table.add_row(
             str(count),
@@ -35,6 +38,7 @@ def print_engine(report: "EngineReport") -> None:
             f"{report.step_bytes[count] / 1e6:.0f}",
             f"{report.read_gb_s[count]:.1f}",
             f"{report.roof_fraction[count]:.0%}",
+            f"{report.grammar_ms[count]:.2f}" if report.grammar_ms else "-",
         )
     console.print(table)
 
@@ -86,6 +90,26 @@ def print_tiers(report: "TiersReport") -> None:
         f"MB were read",
         f"a token computes {report.compute_ms:.1f} ms and waits {report.stall_ms:.1f} ms for the disk, which reads "
         f"{report.disk_gb_s:.2f} GB/s: {report.limit_fraction:.0%} of the limit",
+    ):
+        console.print(line, highlight=False)
+
+
+def print_gateway(report: "GatewayReport") -> None:
+    """What it adds, and what is possible without it."""
+    console = Console()
+    console.print(f"{report.machine}: {report.concurrency} streams", highlight=False)
+    table = Table("milliseconds", "median", "99th percentile")
+    for name, p50_ms, p99_ms in (
+        ("added to an event", report.added_ms_p50, report.added_ms_p99),
+        ("added to the first event", report.added_first_ms_p50, report.added_first_ms_p99),
+        ("an event without the gateway", report.direct.p50_ms, report.direct.p99_ms),
+        ("the first event without it", report.direct.first_p50_ms, report.direct.first_p99_ms),
+    ):
+        table.add_row(name, f"{p50_ms:.2f}", f"{p99_ms:.2f}")
+    console.print(table)
+    for line in (
+        f"{report.tokens_per_s:,.0f} tokens/s through one process, one event a token",
+        f"{report.bytes_per_stream / 1000:.1f} kB for a silent stream",
     ):
         console.print(line, highlight=False)
 

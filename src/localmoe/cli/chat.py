@@ -245,24 +245,26 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
 
 
-def open_client(url: str) -> httpx2.Client:
-    """For requests to a server. Raises BackendUnavailableError where `url` is none."""
+def open_client(url: str, *, api_key: str | None = None) -> httpx2.Client:
+    """For requests to a server, which is shown the key. Raises BackendUnavailableError where `url` is none."""
     try:
         is_loopback = httpx2.URL(url).host in {"127.0.0.1", "::1", "localhost"}
     except httpx2.InvalidURL as error:
         raise BackendUnavailableError(f"--url {url!r}: {error}; it must be as http://127.0.0.1:8000") from error
     # A proxy from the environment leads to other machines, never to this one.
-    return httpx2.Client(base_url=url, timeout=TIMEOUT, trust_env=not is_loopback)
+    headers = None if api_key is None else {"authorization": f"Bearer {api_key}"}
+    return httpx2.Client(base_url=url, timeout=TIMEOUT, headers=headers, trust_env=not is_loopback)
 
 
 def _connect(stack: ExitStack, model: str | None, url: str | None) -> tuple[ChatClient, str]:
     """A client for the server to talk to, and the model's name there; what was started ends with `stack`."""
-    if url is not None:
-        client = ChatClient(stack.enter_context(open_client(url)))
-        return client, model or client.first_model()
     settings = load_settings()
+    if url is not None:
+        client = ChatClient(stack.enter_context(open_client(url, api_key=settings.api_key)))
+        return client, model or client.first_model()
+    local_url = f"http://{settings.host}:{settings.port}"
     with Console(stderr=True).status("Looking for a server …") as status:
-        client = ChatClient(stack.enter_context(open_client(f"http://{settings.host}:{settings.port}")))
+        client = ChatClient(stack.enter_context(open_client(local_url, api_key=settings.api_key)))
         if client.is_live():
             status.update("Waiting for the server to be ready …")
             client.wait_ready(lambda: None)
@@ -271,7 +273,9 @@ def _connect(stack: ExitStack, model: str | None, url: str | None) -> tuple[Chat
         # Without these the child, which has a session of its own, would outlive us.
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _exit_on_signal)
-        command = [sys.executable, "-m", "localmoe", "serve", "--port", "0", *(["--", model] if model else [])]
+        # It is ours alone, so it listens to this machine and asks for no key.
+        command = ["env", "LOCALMOE_GATEWAY__IDENTITY__MODE=open", sys.executable, "-m", "localmoe", "serve"]
+        command += ["--host", "127.0.0.1", "--port", "0", *(["--", model] if model else [])]
         server = stack.enter_context(ServerProcess(command))
         own_url = server.wait_listening(lambda line: status.update(escape(line)))
         client = ChatClient(stack.enter_context(open_client(own_url)))

@@ -6,6 +6,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from localmoe.cli.terminal import say
 from localmoe.config.settings import Settings, load_settings
 from localmoe.core.model import WeightFormat
 
@@ -47,7 +48,7 @@ def doctor(
     num_threads = with_threads(settings.engine, threads).num_threads
     assert num_threads is not None
     need = None if model is None else _need(model, WeightFormat(weights), settings, threads)
-    report = examine(settings.home, settings.engine.tiers.disk, num_threads, need, _say)
+    report = examine(settings.home, settings.engine.tiers.disk, num_threads, need, say)
     if as_json:
         import msgspec
 
@@ -66,7 +67,7 @@ def _need(spec: str, weights: WeightFormat, settings: Settings, threads: int | N
     model = find_model(spec, settings)
     estimate, refusal = None, None
     try:
-        estimate = predict_model(model, weights, settings, with_threads(settings.engine, threads), 1, _say)
+        estimate = predict_model(model, weights, settings, with_threads(settings.engine, threads), 1, say)
     except EngineStartError as error:
         refusal = str(error)
     catalog = Catalog(settings.home)
@@ -117,7 +118,3 @@ def _value(check: "Check", value: float | None) -> str:
     if check.unit == "installed":
         return "yes" if value else "no"
     return f"{value:,.0f} {check.unit}" if value >= 100 else f"{value:.3g} {check.unit}"
-
-
-def _say(stage: str) -> None:
-    typer.echo(stage, err=True)

@@ -60,11 +60,9 @@ def latency(url: Url = None, as_json: AsJson = False) -> None:
 def _show(
     url: str | None, as_json: bool, fields: tuple[str, ...], show: Callable[[Console, Inspection], None]
 ) -> None:
-    if url is None:
-        settings = load_settings()
-        url = f"http://{settings.host}:{settings.port}"
+    settings = load_settings()
     console = Console()
-    for inspection in _ask(url):
+    for inspection in _ask(url or f"http://{settings.host}:{settings.port}", settings.api_key):
         if as_json:
             line: dict[str, Any] = {field: getattr(inspection, field) for field in ("model", *fields)}
             typer.echo(msgspec.json.encode(line).decode())
@@ -72,15 +70,18 @@ def _show(
             show(console, inspection)
 
 
-def _ask(url: str) -> list[Inspection]:
+def _ask(url: str, api_key: str | None) -> list[Inspection]:
     """What a server knows about its models.
+
+    Args:
+        api_key: to show it, if it asks.
 
     Raises:
         BackendUnavailableError: there is no server, or its engine is not ready.
         InvalidRequestError: the server does not know the question.
         EngineFaultError: it answers with something else.
     """
-    with open_client(url) as http:
+    with open_client(url, api_key=api_key) as http:
         try:
             response = http.get("/v1/experts")
         except httpx2.TransportError as error:

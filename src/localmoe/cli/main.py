@@ -12,8 +12,11 @@ import typer
 from localmoe import __version__
 from localmoe.cli.bench import app as bench_app
 from localmoe.cli.chat import chat
+from localmoe.cli.config import app as config_app
 from localmoe.cli.doctor import doctor
+from localmoe.cli.engines import app as engines_app
 from localmoe.cli.inspect import app as inspect_app
+from localmoe.cli.keys import app as keys_app
 from localmoe.cli.models import app as models_app
 from localmoe.cli.serve import serve
 from localmoe.core.errors import LocalMoEError
@@ -23,6 +26,9 @@ app.command()(serve)
 app.command()(chat)
 app.command()(doctor)
 app.add_typer(models_app, name="models")
+app.add_typer(engines_app, name="engines")
+app.add_typer(config_app, name="config")
+app.add_typer(keys_app, name="keys")
 app.add_typer(bench_app, name="bench")
 app.add_typer(inspect_app, name="inspect")
 
@@ -49,6 +55,12 @@ def localmoe(
       localmoe chat
 
       localmoe models list
+
+      localmoe engines list
+
+      localmoe config show --origin
+
+      localmoe keys create alice
 
       localmoe doctor
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from localmoe.catalog.catalog import DEMO_NAME, Catalog
 from localmoe.cli.progress import progress_bars
+from localmoe.cli.terminal import say
 from localmoe.config.settings import load_settings
 from localmoe.core.model import WeightFormat
 
@@ -90,7 +91,7 @@ def convert(
 ) -> None:
     """Take a Mixtral or Llama checkpoint in, or give a model that is here a store of another format.
 
-    A checkpoint's own files stay as they are and are not needed afterwards.
+    A checkpoint's own files stay as they are. Native engines do not need them afterwards, vLLM and DeepSpeed do.
     """
     catalog, directory = _catalog(), Path(source).expanduser()
     with progress_bars() as on_progress:
@@ -184,7 +185,7 @@ def estimate(
     if context_tokens is not None:
         config = dataclasses.replace(config, max_context_tokens=context_tokens)
     found = find_model(model, settings)
-    report = predict_model(found, WeightFormat(weights), settings, config, streams, _say)
+    report = predict_model(found, WeightFormat(weights), settings, config, streams, say)
     if as_json:
         typer.echo(msgspec.json.encode(report).decode())
     else:
@@ -242,10 +243,6 @@ def _print_estimate(report: "Estimate") -> None:
 
 def _waits_for(limit: str) -> str:
     return "the disk" if limit == "disk" else "the processor"
-
-
-def _say(stage: str) -> None:
-    typer.echo(stage, err=True)
 
 
 def _catalog() -> Catalog:

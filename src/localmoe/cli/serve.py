@@ -1,71 +1,108 @@
-"""`localmoe serve`: an engine and the gateway in front of it, wired together."""
+"""`localmoe serve`: what is to be served, from the command line and the settings; `serving` does it."""
 
-import asyncio
-import contextlib
 import errno
-import ipaddress
 import os
-import signal
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from localmoe.catalog.catalog import DEMO_NAME, Catalog
+from localmoe.cli.identity import asks_everybody, with_identity_decided
+from localmoe.cli.machine import find_findings
+from localmoe.cli.providing import provide
+from localmoe.cli.spec_checks import check_specs
+from localmoe.cli.terminal import say
 from localmoe.config.profiles import Profile
-from localmoe.config.settings import Settings, load_settings
-from localmoe.core.errors import ConfigError, ModelBuildError, ModelNotFoundError
+from localmoe.config.settings import ConfigSource, Settings, read_settings
+from localmoe.core.errors import ConfigError
 from localmoe.core.model import WeightFormat
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from localmoe.backends.base import Backend
+from localmoe.core.serving import EngineSpec, ModelSpec
+from localmoe.gateway.identity.config import is_loopback
 
 _PORT_ERRORS = {errno.EADDRINUSE, errno.EACCES}
-_DRAIN_S = 5
-"""How long open answers may go on after a signal to stop."""
+
+_Model = Annotated[
+    str | None,
+    typer.Argument(help="From `localmoe models list`, or a name in the settings.", show_default=DEMO_NAME),
+]
+_Host = Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")]
+_Port = Annotated[
+    int | None, typer.Option(min=0, max=65535, help="Port; 0 lets the system choose.", show_default="8000")
+]
+_Engine = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="What computes: native, vllm or deepspeed; may be repeated, also the same.", show_default="native"
+    ),
+]
+_Weights = Annotated[
+    WeightFormat | None,
+    typer.Option(
+        help="Format of the experts, for native engines; made from the checkpoint when first asked for.",
+        show_default="nvfp4",
+    ),
+]
+_Threads = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="Compute threads.", show_default="one per physical core")
+]
+_Device = Annotated[
+    str | None, typer.Option(help="What computes: cpu, cuda, cuda:1 and so on.", show_default="auto")
+]
+_Profile = Annotated[
+    Profile | None, typer.Option(help="Defaults for what is not set otherwise.", show_default="auto")
+]
+_Config = Annotated[
+    Path | None, typer.Option(help="YAML or JSON file of settings; see docs/settings.md.", show_default=False)
+]
+_Env = Annotated[
+    str | None,
+    typer.Option(
+        help="Where this runs, such as production: FILE.ENV.yaml is laid over FILE.yaml.", show_default=False
+    ),
+]
+_Ray = Annotated[
+    bool, typer.Option("--ray", help="Serve on a Ray cluster that is running already; see docs/ray.md.")
+]
+_RoutingTrace = Annotated[
+    Path | None,
+    typer.Option(
+        help="File to write down in which experts are chosen, for `localmoe bench cache`; packed if it ends in "
+        ".gz.",
+        show_default=False,
+    ),
+]
+
+
+_ChatTemplate = Annotated[
+    Path | None,
+    typer.Option(help="File with a Jinja chat template, in place of the model's own.", show_default=False),
+]
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="A model from `localmoe models list`.")] = DEMO_NAME,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
-    port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Port; 0 lets the system choose.", show_default="8000")
-    ] = None,
-    weights: Annotated[
-        WeightFormat, typer.Option(help="Format of the experts; made from the checkpoint when first asked for.")
-    ] = WeightFormat.NVFP4,
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="Compute threads.", show_default="one per physical core")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="What computes: cpu, cuda, cuda:1 and so on.", show_default="auto")
-    ] = None,
-    profile: Annotated[
-        Profile | None, typer.Option(help="Defaults for what is not set otherwise.", show_default="auto")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML or JSON file of settings; see docs/settings.md.", show_default=False)
-    ] = None,
-    routing_trace: Annotated[
-        Path | None,
-        typer.Option(
-            help="File to write down in which experts are chosen, for `localmoe bench cache`; packed if it ends in "
-            ".gz.",
-            show_default=False,
-        ),
-    ] = None,
+    model: _Model = None,
+    host: _Host = None,
+    port: _Port = None,
+    engine: _Engine = None,
+    weights: _Weights = None,
+    threads: _Threads = None,
+    device: _Device = None,
+    profile: _Profile = None,
+    config: _Config = None,
+    env: _Env = None,
+    ray: _Ray = False,
+    routing_trace: _RoutingTrace = None,
+    chat_template: _ChatTemplate = None,
 ) -> None:
-    """Serve a model over the OpenAI API.
+    """Serve models over HTTP, as OpenAI's and Anthropic's APIs do.
 
-    Without a model, the demo model is served, and made first if it is not there.
+    Without a model, those that the settings name are served, or else the demo model, which is made first if it is not
+    there. With several engines, each request goes to the one that will complete it first, and answers survive an
+    engine's death.
 
     Examples:
 
@@ -74,29 +111,79 @@ def serve(
       localmoe serve mixtral --weights mxfp4 --port 9000 --threads 8
 
       localmoe serve mixtral --profile low_latency --config site.yaml
+
+      localmoe serve mixtral --engine native --engine vllm
+
+      localmoe serve mixtral --chat-template brief.jinja
     """
-    settings = load_settings(config=config, profile=profile, on_note=lambda note: _say(f"note: {note}"))
-    flags = {"routing_trace": routing_trace, "device": device}
-    settings = _with_flags(settings, {name: str(value) for name, value in flags.items() if value is not None})
+    flags = {
+        ("host",): host,
+        ("port",): port,
+        ("engine", "device"): device,
+        ("engine", "routing_trace"): None if routing_trace is None else str(routing_trace),
+    }
+    loaded = read_settings(ConfigSource(config=config, env=env, profile=profile, flags=flags))
+    for note in loaded.notes:
+        say(f"note: {note}")
+    settings = loaded.settings
     _check_writable(settings.engine.routing_trace)
-    listener = _bind(host or settings.host, settings.port if port is None else port)
+
+    def specs_of(settings: Settings) -> list[ModelSpec]:
+        return _specs(settings, model, engine, weights, chat_template)
+
+    specs = specs_of(settings)
+    check_specs(specs)
+    if ray:
+        _serve_on_ray(settings, specs, threads)
+        return
+    listener = _bind(settings.host, settings.port)
     with listener:
+        asks = asks_everybody(settings)
+        _say_who_is_asked(settings.host, asks=asks)
         catalog = Catalog(settings.home)
-        _provide(catalog, model, weights)
+        for spec in specs:
+            provide(catalog, spec)
+        for finding in find_findings(settings.model_copy(update={"models": tuple(specs)})):
+            say(str(finding))
         import uvloop
 
-        uvloop.run(_serve(settings, catalog, model, weights, threads, listener))
+        from localmoe.cli.serving import serve_here
+
+        uvloop.run(serve_here(loaded, catalog, specs_of, threads, listener, asks=asks))
 
 
-def _with_flags(settings: Settings, flags: dict[str, str]) -> Settings:
-    """Settings with the engine's that the command line says. Raises ConfigError."""
-    engine = settings.engine
-    for name, value in flags.items():
-        try:
-            engine = replace(engine, **{name: value})  # type: ignore[arg-type]
-        except ValueError as error:
-            raise ConfigError(f"--{name.replace('_', '-')}: {error}") from error
-    return settings.model_copy(update={"engine": engine})
+def _serve_on_ray(settings: Settings, specs: Sequence[ModelSpec], threads: int | None) -> None:
+    from localmoe.cli.ray_serving import serve_on_ray
+
+    settings = with_identity_decided(settings)
+    _say_who_is_asked(settings.host, asks=settings.gateway.identity.mode == "required")
+    if threads is not None:
+        settings = settings.model_copy(update={"engine": replace(settings.engine, num_threads=threads)})
+    serve_on_ray(settings, specs, host=settings.host, port=settings.port)
+
+
+def _specs(
+    settings: Settings,
+    model: str | None,
+    engines: list[str] | None,
+    weights: WeightFormat | None,
+    chat_template: Path | None,
+) -> list[ModelSpec]:
+    """What to serve: what the command line says, else what the settings say, else the demo model."""
+    specs = {name: spec for spec in settings.models for name in spec.names}
+    if model is None and specs:
+        if any(flag is not None for flag in (engines, weights, chat_template)):
+            raise ConfigError(
+                f"say which model --engine, --weights and --chat-template are for; the settings name "
+                f"{', '.join(specs)}"
+            )
+        return list(settings.models)
+    spec = specs.get(model or DEMO_NAME, ModelSpec(model=model or DEMO_NAME))
+    if engines is not None:
+        spec = replace(spec, engines=tuple(EngineSpec(engine=kind) for kind in engines))
+    if chat_template is not None:
+        spec = replace(spec, chat_template=str(chat_template))
+    return [spec if weights is None else replace(spec, weights=weights)]
 
 
 def _check_writable(trace: str | None) -> None:
@@ -122,112 +209,11 @@ def _bind(host: str, port: int) -> socket.socket:
         reason = getattr(error, "strerror", None) or str(error)
         flag = "--port" if getattr(error, "errno", None) in _PORT_ERRORS else "--host"
         raise ConfigError(f"cannot listen on {host} port {port}: {reason}; choose another {flag}") from error
-    with contextlib.suppress(ValueError):
-        if not ipaddress.ip_address(host).is_loopback:
-            _say(f"warning: everyone who can reach {host} can use this server; it asks for no key")
     return listener
 
 
-def _provide(catalog: Catalog, model: str, weights: WeightFormat) -> None:
-    """Make what is missing, in a process of its own: it needs torch, which the gateway's process never loads."""
-    try:
-        stored = catalog.has_store(model, weights)
-    except ModelNotFoundError:
-        if model != DEMO_NAME:
-            raise
-        _models_command("build-demo")
-        stored = catalog.has_store(model, weights)
-    if not stored:
-        _models_command("convert", model, "--weights", weights)
-
-
-def _models_command(*arguments: str) -> None:
-    status = subprocess.run([sys.executable, "-m", "localmoe", "models", *arguments], check=False).returncode
-    if status != 0:
-        raise ModelBuildError(f"`localmoe models {' '.join(arguments)}` failed with exit status {status}")
-
-
-async def _run(backend: "Backend", app: "FastAPI", listener: socket.socket, what: str) -> None:
-    """Serve until a signal says stop. The first one lets open answers finish, the second does not wait."""
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        """Leaves signals to us: uvicorn would raise them again and end the process before the engine is stopped."""
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield
-
-    config = uvicorn.Config(
-        app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=_DRAIN_S
-    )
-    server = Server(config)
-    for name in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(name, server.handle_exit, name, None)
-    try:
-        listener.listen(config.backlog)
-    except OSError as error:
-        raise ConfigError(f"cannot listen: {error.strerror}; another server was faster") from error
-    host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    starting = asyncio.create_task(backend.start())
-    try:
-        _say(f"localmoe: listening on {url}")
-        _say(f"localmoe: loading {what}")
-        started = time.monotonic()
-        await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
-        if not serving.done():
-            await starting
-            _say(f"localmoe: ready after {time.monotonic() - started:.1f} s; API docs at {url}/docs")
-        await serving
-    finally:
-        server.should_exit = True
-        starting.cancel()
-        await asyncio.gather(serving, starting, return_exceptions=True)
-        await backend.stop()
-
-
-async def _serve(
-    settings: Settings,
-    catalog: Catalog,
-    model: str,
-    weights: WeightFormat,
-    threads: int | None,
-    listener: socket.socket,
-) -> None:
-    """Wire the parts together, and run them."""
-    from localmoe.backends.native import NativeBackend
-    from localmoe.core.events import EventBus
-    from localmoe.gateway.app import create_app
-    from localmoe.gateway.context import ServedModel
-    from localmoe.hardware.memory import available_memory_bytes
-    from localmoe.hardware.processors import num_processors
-    from localmoe.observability.metrics import Metrics
-    from localmoe.text.text_model import TextModel
-
-    engine = replace(settings.engine, num_threads=threads or settings.engine.num_threads or num_processors())
-    bus = EventBus()
-    store_path = catalog.store_path(model, weights)
-    backend = NativeBackend(
-        model=model,
-        store_path=store_path,
-        config=engine,
-        available_memory=available_memory_bytes,
-        bus=bus,
-    )
-    context_tokens = catalog.context_tokens(model)
-    served = ServedModel(
-        id=model,
-        created=int(store_path.stat().st_mtime),
-        text=TextModel.load(catalog.path(model)),
-        context_tokens=min(context_tokens, engine.max_context_tokens or context_tokens),
-        generator=backend,
-        inspectable=backend,
-    )
-    app = create_app([served], config=settings.gateway, bus=bus, render_metrics=Metrics(bus).render)
-    await _run(backend, app, listener, f"{model} ({weights})")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _say_who_is_asked(host: str, *, asks: bool) -> None:
+    if asks:
+        say("localmoe: whoever uses it has to show an API key or a token")
+    elif not is_loopback(host):
+        say(f"warning: everyone who can reach {host} can use this server; it asks for no key")

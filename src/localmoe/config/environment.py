@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_origin
 
 from localmoe.config.files import parse_json
 from localmoe.config.schema import Schema, checked, is_list, nearest, plain_number
@@ -80,6 +80,8 @@ def _value(variable: str, text: str, path: tuple[str, ...], kind: Any, schema: S
         return values
     if is_list(kind):
         return parse_json(text, f"{where}, a list,")
+    if get_origin(kind) is dict:
+        return parse_json(text, f"{where}, a block,")
     return plain_number(text, kind)
 
 

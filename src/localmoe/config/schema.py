@@ -9,7 +9,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 from localmoe.config.files import shown
-from localmoe.config.seed_keys import RETIRED_KEYS
+from localmoe.config.seed_keys import RETIRED_KEYS, RETIRED_KEYS_OF
 
 Schema = dict[str, Any]
 """Names that a block may have, each with its value's type, or with its own names where it is a block."""
@@ -22,6 +22,12 @@ def block_schema(kind: Any) -> Any:
     if not (isinstance(kind, type) and is_dataclass(kind)):
         return kind
     return {field.name: block_schema(field.type) for field in fields(kind)}
+
+
+def _item_schema(kind: Any) -> Schema | None:
+    """Of a list of blocks, the names that each may have; None for anything else."""
+    item = block_schema(get_args(kind)[0]) if is_list(kind) else None
+    return item if isinstance(item, dict) else None
 
 
 def checked(values: Mapping[str, Any], schema: Schema, root: Schema, problems: list[str], *prefix: str) -> Schema:
@@ -38,7 +44,10 @@ def checked(values: Mapping[str, Any], schema: Schema, root: Schema, problems: l
             problems.append(unknown(path, schema, root))
             continue
         kind = schema[key]
-        if not isinstance(kind, dict):
+        item_schema = _item_schema(kind)
+        if item_schema is not None and isinstance(value, list):
+            found[key] = [_checked_item(item, item_schema, root, problems, *path) for item in value]
+        elif not isinstance(kind, dict):
             if isinstance(value, bool) and _is_number(kind):
                 problems.append(f"{'.'.join(path)!r} is {value}; it must be a number")
             found[key] = plain_number(value, kind)
@@ -49,12 +58,21 @@ def checked(values: Mapping[str, Any], schema: Schema, root: Schema, problems: l
     return found
 
 
+def _checked_item(value: Any, schema: Schema, root: Schema, problems: list[str], *path: str) -> Any:
+    """One block of a list."""
+    if isinstance(value, Mapping):
+        return checked(value, schema, root, problems, *path)
+    problems.append(f"{'.'.join(path)!r} has {shown(value)} in it; it must be a list of blocks of settings")
+    return value
+
+
 def unknown(path: Sequence[str], schema: Schema, root: Schema) -> str:
     """A line about a key that is not in the schema of its block."""
     *prefix, key = path
     name = ".".join(path)
-    if key in RETIRED_KEYS:
-        return f"{name!r} is not a setting any more: {RETIRED_KEYS[key]}"
+    retired = RETIRED_KEYS_OF.get(".".join(prefix), {})
+    if key in retired or key in RETIRED_KEYS:
+        return f"{name!r} is not a setting any more: {retired.get(key) or RETIRED_KEYS[key]}"
     if near := nearest(path, schema, root):
         return f"{name!r} is not a setting; did you mean {'.'.join(near)!r}?"
     return (
@@ -65,7 +83,7 @@ def unknown(path: Sequence[str], schema: Schema, root: Schema) -> str:
 def nearest(path: Sequence[str], schema: Schema, root: Schema) -> tuple[str, ...] | None:
     """The setting whose name is most like this one's: in the same block first, then anywhere."""
     *prefix, key = path
-    names = {(*prefix, known): known for known in schema} | {leaf: leaf[-1] for leaf in _leaves(root)}
+    names = {(*prefix, known): known for known in schema} | {leaf: leaf[-1] for leaf in leaves(root)}
     near = difflib.get_close_matches(key, names.values(), n=1)
     return next(full for full, known in names.items() if known == near[0]) if near else None
 
@@ -91,9 +109,9 @@ def _members(kind: Any) -> set[Any]:
     return set(get_args(kind)) if isinstance(kind, UnionType) else {kind}
 
 
-def _leaves(schema: Schema, *prefix: str) -> list[tuple[str, ...]]:
+def leaves(schema: Schema, *prefix: str) -> list[tuple[str, ...]]:
     """The paths of all settings."""
-    leaves: list[tuple[str, ...]] = []
+    found: list[tuple[str, ...]] = []
     for name, kind in schema.items():
-        leaves += _leaves(kind, *prefix, name) if isinstance(kind, dict) else [(*prefix, name)]
-    return leaves
+        found += leaves(kind, *prefix, name) if isinstance(kind, dict) else [(*prefix, name)]
+    return found

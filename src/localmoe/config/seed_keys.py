@@ -1,15 +1,14 @@
 """Keys of the project's first design documents: what became of each, and why.
 
-Two of their blocks, `memory_config` and `compute_config`, load as they are. A key there sets what took its place, or
-nothing at all, and a note says which. All others are refused like unknown keys, with the reason. The same table for
-people is in `docs/settings.md`.
+Their files load as they are, see `migration.py`: a key sets what took its place, or nothing at all, and a note says
+which. Where the documents had no such key, or a file is said to be of today, it is refused with the reason. The same
+table for people is in `docs/settings.md`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from localmoe.config.files import shown
+from localmoe.backends import deepspeed_config, vllm_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,34 +105,34 @@ RETIRED_KEYS: Mapping[str, str] = {
     "device_pairs": _PLACEMENT,
 }
 
+INSTANCES = "vllm_instances"
+"""A list of models that vLLM serves."""
+MODEL_NAME = "model_name"
+"""Of a block of an engine: the model that it served."""
+SIZES = "model"
+"""A block of sizes."""
+SIZES_KEYS = (
+    *("num_experts", "top_k_experts", "hidden_size", "intermediate_size", "max_sequence_length"),
+    *("quantization_type", "enable_compilation"),
+)
 
-def take_tuning_blocks(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What the two tuning blocks of a file say in settings of today, as a nested mapping, and a note for each key.
+RETIRED_KEYS_OF: Mapping[str, Mapping[str, str]] = {
+    "vllm": vllm_config.RETIRED,
+    "deepspeed": deepspeed_config.RETIRED,
+    "models": {"name": "served_model_name took its place"},
+}
+"""By block, what became of a key there, where it is not what became of it elsewhere."""
 
-    Args:
-        values: a file's; its other keys are not looked at, unknown keys of the blocks are not expected.
+MOVED_KEYS: Mapping[str, Mapping[str, str]] = {
+    "vllm": {"max_chunked_prefill_tokens": "max_num_batched_tokens", "max_batch_size": "max_num_seqs"},
+    "deepspeed": {"max_batch_size": "max_num_seqs"},
+}
+"""Of them, those whose value another setting takes."""
 
-    Raises:
-        ValueError: a key has a value of another kind.
-    """
-    settings: dict[str, Any] = {}
-    notes = []
-    for block, keys in TUNING_BLOCKS.items():
-        for name, value in (values.get(block) or {}).items():
-            key = keys[name]
-            if not _is_of(key.kind, value):
-                raise ValueError(f"{block}.{name} is {shown(value)}; it must be of type {key.kind.__name__}")
-            notes.append(f"{block}.{name}: {key.note}")
-            if key.setting is not None:
-                *parents, leaf = key.setting
-                inner = settings
-                for parent in parents:
-                    inner = inner.setdefault(parent, {})
-                inner[leaf] = value
-    return settings, notes
-
-
-def _is_of(kind: type, value: object) -> bool:
-    if isinstance(value, bool) or kind is bool:
-        return kind is bool and isinstance(value, bool)
-    return isinstance(value, int) or (kind is float and isinstance(value, float))
+KNOWN_CONTEXT_TOKENS: Mapping[str, int] = {
+    "microsoft/DialoGPT-medium": 1024,
+    "meta-llama/Llama-2-70b-chat-hf": 4096,
+    "mistralai/Mistral-7B-Instruct-v0.2": 32768,
+    "codellama/CodeLlama-13b-Instruct-hf": 16384,
+}
+"""Longest sequences of the models that the documents name, as their own configurations have it."""

@@ -14,6 +14,14 @@ class ConfigError(LocalMoEError):
     """A setting is wrong; the message names the setting, its value, where it came from, and what is allowed."""
 
 
+class SettingNotFoundError(ConfigError):
+    """There is no setting of this name."""
+
+
+class VersionNotFoundError(ConfigError):
+    """The history has no such version of the configuration, or not any more."""
+
+
 class InvalidRequestError(LocalMoEError, ValueError):
     """The request cannot be served as it stands.
 
@@ -41,8 +49,71 @@ class ModelNotFoundError(LocalMoEError):
     """No such model, on this machine or on this server."""
 
 
+class NotFoundError(LocalMoEError):
+    """Something that was asked for by its name is not there, or not for whoever asks.
+
+    Args:
+        message: names it.
+        param: the field or path parameter that names it.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ConflictError(LocalMoEError):
+    """It cannot be done beside what is there or under way."""
+
+
+class PreconditionError(ConflictError):
+    """It is not any more what whoever would change it has seen."""
+
+
+class InsufficientMemoryError(ConflictError):
+    """The machine cannot hold it beside what it holds."""
+
+
 class RequestTooLargeError(LocalMoEError):
     """The request body is over the configured bound."""
+
+
+class QuotaExceededError(LocalMoEError):
+    """Somebody keeps as much here as they may."""
+
+
+class StorageError(LocalMoEError):
+    """What is kept cannot be reached or written now. Nothing was changed."""
+
+
+class StorageFullError(StorageError):
+    """There is no room on a disk. Nothing was changed."""
+
+
+class AuthenticationError(LocalMoEError):
+    """Nobody knows who asks."""
+
+
+class PermissionDeniedError(LocalMoEError):
+    """Whoever asks may not do that."""
+
+
+class IssuerUnavailableError(LocalMoEError):
+    """Whoever issues tokens does not say now how they are verified."""
+
+
+class RateLimitedError(LocalMoEError):
+    """Whoever asks has asked for as much as they may.
+
+    Args:
+        kind: of what: `requests`, `tokens` or `concurrent_requests`.
+        retry_after_s: when trying again makes sense; None: it makes none.
+    """
+
+    def __init__(self, message: str, *, kind: str, retry_after_s: float | None) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.retry_after_s = retry_after_s
 
 
 class BackendUnavailableError(LocalMoEError):
@@ -58,7 +129,11 @@ class BackendUnavailableError(LocalMoEError):
 
 
 class OverloadedError(BackendUnavailableError):
-    """The engine's queue is full."""
+    """The queue is full, or too long for the answer to be complete in time."""
+
+
+class DeadlineExceededError(BackendUnavailableError):
+    """The answer was not complete in time."""
 
 
 class EngineDiedError(BackendUnavailableError):
@@ -103,3 +178,7 @@ class TraceError(LocalMoEError):
 
 class ModelBuildError(LocalMoEError):
     """Fetching, converting or building a model failed; nothing half-made is left behind."""
+
+
+class EngineInstallError(LocalMoEError):
+    """An engine's environment could not be made; what is there is taken up again by the next attempt."""

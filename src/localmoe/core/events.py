@@ -31,6 +31,20 @@ class RequestFinished:
     e2e_s: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class HttpAnswered:
+    """A request was answered over HTTP, also one that was refused."""
+
+    method: str
+    """`other` for those that there are not."""
+    route: str
+    """The path with names in place of what varies; `other` where there is no such route."""
+    status: int
+    """499 where the client left before it was answered."""
+    duration_s: float
+    """Until the answer's end, or the client's."""
+
+
 class TierState(msgspec.Struct, frozen=True, kw_only=True):
     """Where an engine finds experts that are not all in memory: totals since start."""
 
@@ -83,9 +97,11 @@ class TierState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineState(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine's gauges and running totals, as of its last step. A msgspec struct: engines send it as it is."""
+    """One engine's gauges and running totals, as of its last step. A msgspec struct: workers send it as it is."""
 
     model: str
+    engine: str = ""
+    """Its name among those of the model; not known to the engine itself."""
     num_running: int
     num_waiting: int
     kv_blocks_used: int
@@ -108,10 +124,11 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     """None where all experts are in memory."""
 
     @classmethod
-    def empty(cls, model: str) -> "EngineState":
+    def empty(cls, model: str, engine: str) -> "EngineState":
         """Of an engine that is not there."""
         return cls(
             model=model,
+            engine=engine,
             num_running=0,
             num_waiting=0,
             kv_blocks_used=0,
@@ -126,13 +143,84 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRestarted:
-    """An engine process died and is being started anew."""
+    """An engine died and is being started anew."""
 
     model: str
+    engine: str
     reason: str
 
 
-Event = RequestFinished | EngineState | EngineRestarted
+@dataclass(frozen=True, kw_only=True)
+class QueueChanged:
+    """Requests of a model wait for an engine, more or fewer than before."""
+
+    model: str
+    num_waiting: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestRefused:
+    """A request was not given to any engine."""
+
+    model: str
+    reason: str
+    """`overloaded`, `unavailable` or `deadline`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineAnswered:
+    """An engine is done with a request."""
+
+    model: str
+    engine: str
+    outcome: str
+    """`complete`, `abort` (the client left, or needed no more), `deadline` or `failed`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamResumed:
+    """Another engine has taken over an answer, with a first chunk."""
+
+    model: str
+    engine: str
+    """The one that goes on."""
+    failed_engine: str
+    num_tokens: int
+    """That had been generated."""
+    gap_s: float
+    """Between the last chunk of the one and the first of the other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BreakerChanged:
+    """An engine gets no requests because it has failed too often, or gets them again."""
+
+    model: str
+    engine: str
+    is_open: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigReloaded:
+    """The configuration was read again, changed or put back; or that failed, and all is as it was."""
+
+    is_applied: bool
+    version: int | None
+    """In effect now, by its number in the history; None where it is not in a file."""
+
+
+Event = (
+    RequestFinished
+    | HttpAnswered
+    | EngineState
+    | EngineRestarted
+    | QueueChanged
+    | RequestRefused
+    | EngineAnswered
+    | StreamResumed
+    | BreakerChanged
+    | ConfigReloaded
+)
 
 
 class EventBus:

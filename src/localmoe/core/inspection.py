@@ -56,6 +56,8 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     """One engine's experts and memory. Heat and times leave out the warm-up."""
 
     model: str
+    engine: str = ""
+    """Its name among those of the model; not known to the engine itself."""
     num_layers: int
     num_experts: int
     """Of one layer."""

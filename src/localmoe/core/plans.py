@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from localmoe.core.model import ExpertId
+from localmoe.core.protocols import TokenMatcher
 from localmoe.core.request import SamplingParams, TokenLogprob
 
 
@@ -30,6 +31,10 @@ class SequenceStep:
     """(prompt ids, output ids) so far, for the penalties; lists are the scheduler's own, not to be changed."""
     scores_prompt: bool
     """Whether the prompt tokens that follow this chunk's positions get log-probabilities."""
+    embeds: bool = False
+    """Whether the hidden states of this chunk's positions are summed up."""
+    matcher: TokenMatcher | None = None
+    """What keeps the draws within a grammar, at the end of the output so far; the scheduler's own."""
 
     @property
     def draft_ids(self) -> tuple[int, ...]:
@@ -63,8 +68,12 @@ class StepResult:
     """One for each of them, where the request asked for it."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """For the prompt tokens that follow this chunk's positions, where asked for."""
+    hidden_sums: tuple[int, ...] = ()
+    """Of this chunk's positions, where asked for; see `engine/embedding.py`."""
     fault: str | None = None
     """Why there is no usable result; the request fails with it."""
+    is_invalid: bool = False
+    """Whether that is the request's own doing: no engine could go on with it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,26 @@ MessagePack without a copy of their definition.
 """
 
 from enum import StrEnum
+from typing import Any, Literal
 
 import msgspec
+
+UNBOUNDED_TOKENS = 2**31 - 1
+"""`max_tokens` of a request for as many as there is room for, where nobody here knows how many that is."""
+
+
+class Grammar(msgspec.Struct, frozen=True, kw_only=True):
+    """A language that an answer is to be a sentence of."""
+
+    kind: Literal["json_object", "json_schema", "regex", "lark", "choice"]
+    source: str = ""
+    """The schema as JSON, the expression, the rules in llguidance's dialect of Lark, or a JSON list of texts."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the next token is chosen. Values are validated where they enter (the gateway), not here.
 
-    Order of application: logit bias, penalties, temperature, top-k, top-p, min-p.
+    Order of application: logit bias, penalties, grammar, temperature, top-k, top-p, min-p.
     """
 
     max_tokens: int
@@ -42,6 +54,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Report the chosen token's log-probability and this many alternatives (of the unmodified distribution)."""
     prompt_logprobs: int | None = None
     """The same for every prompt token but the first."""
+    grammar: Grammar | None = None
+    """Tokens with which the answer could not become a sentence of it are never drawn. The answer ends where the
+    sentence must, or with a stop token where it may; `max_tokens` can end it before. An answer that goes on on
+    another replica is matched from its beginning, so it goes on with the same tokens there."""
+
+
+class PromptSource(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a prompt was made of, for engines that take text and tokenize it themselves: one of the two, as the client
+    sent it."""
+
+    text: str | None = None
+    suffix: str | None = None
+    """What follows the answer; with a text only."""
+    messages: list[dict[str, Any]] | None = None
+    """A conversation, in the words of the OpenAI API."""
+    stop: tuple[str, ...] = ()
+    """Stop strings. Whoever reads the answer looks for them again."""
+    parameters: dict[str, Any] = {}
+    """What else the chat API was asked for, in its words: `tools`, `tool_choice`, `parallel_tool_calls`,
+    `reasoning_effort`."""
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -50,7 +82,20 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     id: str
     model: str
     prompt_ids: list[int]
+    """Empty for a model whose tokenizer is not here; then there is a `source`."""
     sampling: SamplingParams
+    resumed_ids: list[int] = []
+    """What another replica generated of the answer before it broke off. Generation goes on after these tokens: they
+    count as output for `max_tokens`, penalties and draws, and are not sent again."""
+    source: PromptSource | None = None
+    engine: str | None = None
+    """The kind of engine that is to answer, or one replica's name; None: whichever."""
+    timeout_s: float | None = None
+    """The answer must be complete within this time; None: the server's own bound."""
+    adapter: str | None = None
+    """Low-rank weights (LoRA) to add to the model's, by the name that engines know them by."""
+    embed: bool = False
+    """The prompt's embedding is wanted, and no tokens: `max_tokens` is 0, and the one chunk brings it."""
 
 
 class FinishReason(StrEnum):
@@ -58,6 +103,21 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    """As `STOP`, and there are tools to call. Engines whose answers are token ids do not know."""
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The next piece of one tool call."""
+
+    index: int
+    """Of the call in its answer, from 0."""
+    id: str | None = None
+    """With the first piece of a call."""
+    name: str | None = None
+    """Likewise, and whole."""
+    arguments: str = ""
+    """The next characters of its arguments, which are JSON."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -70,7 +130,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a request took; accompanies the first chunk and the last."""
+    """What a request took; accompanies the last chunk and, where it is known then, the first."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -87,13 +147,23 @@ class TokenChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
 
     request_id: str
     token_ids: list[int] = []
+    text: str | None = None
+    """From engines that answer in text: the next piece of it, in place of token ids."""
+    reasoning: str = ""
+    """From such engines: the next piece of what goes before the answer."""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    """From such engines: the next pieces of tool calls."""
     logprobs: list[TokenLogprob] = []
     """One per token in `token_ids`, where asked for."""
     prompt_logprobs: list[TokenLogprob] | None = None
     """For prompt tokens 1, 2, …; sent once, with the first chunk, where asked for."""
+    embedding: bytes | None = None
+    """Where asked for: float32, little-endian. Of engines here it is the mean of the prompt's hidden states after the
+    last norm, scaled to length 1; of another server what that makes."""
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
-    """Present on the first chunk and on the last; all but `completion_tokens` is final from the first on."""
+    """Present on the last chunk and, where the engine knows it then, on the first; all but `completion_tokens` is
+    final from the first on."""
 
 
 class RequestFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -103,3 +173,5 @@ class RequestFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     message: str
     overloaded: bool = False
     """Refused for want of room, not failed: worth trying again later."""
+    invalid: bool = False
+    """Refused for what it asks for: no engine could take it."""

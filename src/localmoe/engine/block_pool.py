@@ -1,8 +1,9 @@
 """Who holds which cache block, and which blocks' contents can be reused.
 
 A block is free when nothing refers to it. A free block keeps its contents, and its name, until it is handed out
-again; so the list of free blocks, oldest first, is at once the prefix cache and its eviction order. A full
-block's name is a digest over its tokens and the name of the block before it, hence over the whole prefix.
+again; so the list of free blocks, oldest first, is at once the prefix cache and its eviction order. One without a
+name can be found by nobody, and goes first. A full block's name is a digest over its tokens and the name of the block
+before it, hence over the whole prefix.
 """
 
 import hashlib
@@ -50,6 +51,8 @@ class BlockPool:
             assert self._num_refs[block] >= 0, f"block {block} freed twice"
             if self._num_refs[block] == 0:
                 self._free[block] = None
+                if self._name_of[block] is None:
+                    self._free.move_to_end(block, last=False)
 
     def publish(self, block: int, name: bytes) -> None:
         """Let others find a block whose contents are complete. The first of several equals keeps the name."""

@@ -63,6 +63,8 @@ class EngineConfig:
     routing_trace: str | None = None
     """File to write down in which experts the router chooses for each token, see `engine/routing_trace.py`; no
     tokens or texts. None: do not."""
+    start_timeout_s: float = 600.0
+    """An engine that is not ready this long after its start has failed to start."""
     hang_timeout_s: float = 120.0
     """An engine that has requests but finishes no step for this long is taken for hung, killed and replaced."""
 
@@ -74,8 +76,9 @@ class EngineConfig:
                 raise ValueError(f"{name} is {value}; it must be positive")
         if self.num_threads is not None and self.num_threads > MAX_THREADS:
             raise ValueError(f"num_threads is {self.num_threads}; it must be from 1 to {MAX_THREADS}")
-        if self.hang_timeout_s > MAX_TIME_S:
-            raise ValueError(f"hang_timeout_s is {self.hang_timeout_s}; it must be at most {MAX_TIME_S}")
+        for name in ("start_timeout_s", "hang_timeout_s"):
+            if vars(self)[name] > MAX_TIME_S:
+                raise ValueError(f"{name} is {vars(self)[name]}; it must be at most {MAX_TIME_S}")
         if self.routing_trace is not None and not _is_utf8(self.routing_trace):
             raise ValueError(f"routing_trace is {self.routing_trace!r}; it must be UTF-8")
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device, re.ASCII):

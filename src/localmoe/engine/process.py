@@ -19,18 +19,18 @@ import msgspec
 import zmq
 
 from localmoe.core.errors import LocalMoEError, OverloadedError
-from localmoe.core.request import RequestFailed, TokenChunk
-from localmoe.engine.messages import (
+from localmoe.core.messages import (
     Cancel,
-    FromEngine,
+    FromWorker,
     Inspect,
     Inspected,
-    Launch,
     Outputs,
     Ready,
     StartFailed,
-    ToEngine,
+    ToWorker,
 )
+from localmoe.core.request import RequestFailed, TokenChunk
+from localmoe.engine.launch import Launch
 from localmoe.hardware.memory import available_memory_bytes, process_memory_bytes
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ _MEMORY_INTERVAL_S = 1.0
 def serve(engine: "Engine", socket: "zmq.Socket[bytes]") -> None:
     """Serve until the process ends. Every step is reported, also one that gives nothing to see: silence is how the
     client knows a hung engine."""
-    decoder = msgspec.msgpack.Decoder(ToEngine)
+    decoder = msgspec.msgpack.Decoder(ToWorker)
     encoder = msgspec.msgpack.Encoder()
     looked_s = 0.0
     while True:
@@ -90,7 +90,7 @@ def main() -> None:
     socket.set_hwm(0)
     socket.connect(launch.address)
 
-    def say(message: FromEngine) -> None:
+    def say(message: FromWorker) -> None:
         socket.send(msgspec.msgpack.encode(message))
 
     try:
@@ -102,6 +102,7 @@ def main() -> None:
         warm_up(engine)
         if launch.config.routing_trace is not None:
             engine.record_routing(Path(launch.config.routing_trace))
+        engine.take_grammars(None if launch.tokenizer_path is None else Path(launch.tokenizer_path))
     except Exception as error:
         # Whatever it was, the client hears why. What nobody foresaw, as weights that kernels refuse, is traced too.
         if not isinstance(error, LocalMoEError):

@@ -4,11 +4,11 @@ A draw depends on the sequence's seed and the token's position only: a counter-b
 2011, Philox) gives one uniform number for the pair, and the inverse of the cumulative distribution turns it into
 a token. So on one machine a seeded request gets the same tokens alone, in any batch and when it is replayed.
 
-Shape suffixes: S draws, V vocabulary.
+Shape suffixes: S draws, V vocabulary, G draws by a grammar, B bytes of a bit for each token id.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,8 @@ from localmoe.core.plans import SequenceStep
 from localmoe.core.request import SamplingParams, TokenLogprob
 from localmoe.kernels.base import Draws, Kernels
 
+_NEVER = -1e30
+"""The logit of a token that may not be drawn: finite, as logits must be, with room to be divided by a temperature."""
 GREEDY_BELOW = 1e-5
 """A temperature below this takes the likeliest token: the quotient would leave float32's range."""
 
@@ -33,10 +35,16 @@ class Draw:
     """Of the token to draw."""
     history: tuple[list[int], list[int]]
     """(prompt ids, output ids) before it."""
+    mask: Tensor | None = None
+    """What a grammar does not let come, see `mask_of`; None: there is no grammar."""
 
 
-def draws_of(step: SequenceStep) -> list[Draw]:
-    """What a step draws: a token after its last known one, and one after each draft, taking that draft for right."""
+def draws_of(step: SequenceStep, masks: Sequence[Tensor] | None = None) -> list[Draw]:
+    """What a step draws: a token after its last known one, and one after each draft, taking that draft for right.
+
+    Args:
+        masks: for each draw, what a grammar does not let come; None: there is no grammar.
+    """
     prompt_ids, output_ids = step.history
     draft_ids, end = step.draft_ids, step.start + len(step.token_ids)
     return [
@@ -45,6 +53,7 @@ def draws_of(step: SequenceStep) -> list[Draw]:
             seed=step.seed,
             position=end - step.num_drafts + count,
             history=(prompt_ids, output_ids + list(draft_ids[:count]) if count else output_ids),
+            mask=None if masks is None else masks[count],
         )
         for count in range(step.num_drafts + 1)
     ]
@@ -57,6 +66,9 @@ def sample(kernels: Kernels, logits_SV: Tensor, draws: Sequence[Draw]) -> list[i
     """
     for row, draw in zip(logits_SV, draws, strict=True):
         adjust(row, draw.sampling, *draw.history)
+    masks = {row: draw.mask for row, draw in enumerate(draws) if draw.mask is not None}
+    if masks:
+        refuse(logits_SV, masks)
     token_ids = kernels.draw(logits_SV, settings(draws))
     return [None if token_id < 0 else token_id for token_id in token_ids]
 
@@ -97,6 +109,35 @@ def adjust(logits_V: Tensor, sampling: SamplingParams, prompt_ids: list[int], ou
         ids = torch.tensor(list(counted), device=device)
         counts = torch.tensor(list(counted.values()), device=device)
         logits_V[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+
+
+def mask_of(allowed: bytes, num_tokens: int, device: torch.device) -> Tensor:
+    """What a draw may not bring, as `refuse` takes it.
+
+    Args:
+        allowed: a bit for each token id that may come, those of a byte from the lowest up.
+        device: where the logits are. In memory, a byte for each token is quickest to use; to a GPU, bits travel.
+    """
+    refused_B = ~np.frombuffer(allowed, np.uint8)
+    if device.type != "cpu":
+        return torch.from_numpy(refused_B)
+    return torch.from_numpy(np.unpackbits(refused_B, count=num_tokens, bitorder="little").view(np.bool_))
+
+
+def refuse(logits_SV: Tensor, masks: Mapping[int, Tensor]) -> None:
+    """Keep tokens from being drawn, in place.
+
+    Args:
+        masks: by row.
+    """
+    refused = list(masks.values())
+    if refused[0].dtype == torch.uint8:  # bits
+        bits_GB = torch.stack(refused).to(logits_SV.device)
+        shifts_8 = torch.arange(8, dtype=torch.uint8, device=logits_SV.device)
+        bytes_GV = ((bits_GB.unsqueeze(-1) >> shifts_8) & 1).flatten(1)[:, : logits_SV.shape[1]]
+        refused = list(bytes_GV.bool())
+    for row, refused_V in zip(masks, refused, strict=True):
+        logits_SV[row].masked_fill_(refused_V, _NEVER)
 
 
 def score(logits_V: Tensor, token_id: int, num_top: int) -> TokenLogprob:

@@ -17,24 +17,28 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-from localmoe.core.errors import OverloadedError
+from localmoe.core.errors import EngineFaultError, OverloadedError
 from localmoe.core.plans import BatchPlan, SequenceStep, StepResult
+from localmoe.core.protocols import TokenMatcher
 from localmoe.core.request import FinishReason, Request, RequestFailed, TokenChunk, TokenLogprob, Usage
 from localmoe.engine.block_pool import ROOT, BlockPool, block_name
 from localmoe.engine.config import EngineConfig
+from localmoe.engine.embedding import added, embedding
 from localmoe.engine.speculation import MAX_STEP_TOKENS, PromptLookup, SpeculationController
 
 
 class _Sequence:
     """A request on its way. Mutable, and owned by the scheduler alone."""
 
-    def __init__(self, sequence_id: int, request: Request) -> None:
+    def __init__(self, sequence_id: int, request: Request, matcher: TokenMatcher | None) -> None:
         self.id = sequence_id
         self.request = request
+        self.matcher = matcher
+        """After its output so far."""
         seed = request.sampling.seed
         self.seed = random.getrandbits(63) if seed is None else seed
         self.prompt_ids = request.prompt_ids
-        self.output_ids: list[int] = []
+        self.output_ids = list(request.resumed_ids)
         self.num_computed = 0
         self.num_cached = 0
         self.blocks: list[int] = []
@@ -43,6 +47,8 @@ class _Sequence:
         self.num_published = 0
         """Leading blocks that others can find."""
         self.prompt_logprobs: list[TokenLogprob] = []
+        self.hidden_sums: tuple[int, ...] = ()
+        """Of the positions computed so far, where its embedding is wanted."""
         self.lookup: PromptLookup | None = None
         """Made when first asked for a draft."""
         self.speculates = True
@@ -81,7 +87,25 @@ class _Sequence:
         # A token is drawn after the last draft too. And whatever followed a stop token would be for nothing.
         guess = self.lookup.propose()[: sampling.max_tokens - len(self.output_ids) - 1]
         stops = (i for i, token_id in enumerate(guess) if token_id in sampling.stop_token_ids)
-        return self.lookup.probability, guess[: next(stops, None)]
+        guess = guess[: next(stops, None)]
+        if guess and self.matcher is not None:
+            guess = guess[: self.matcher.count_viable(guess)]
+        return self.lookup.probability, guess
+
+    def ends_with(self, token_ids: Sequence[int]) -> FinishReason | None:
+        """Why it ends with these tokens, which are the last of its output, if it does.
+
+        Raises:
+            EngineFaultError: they are not of its grammar.
+        """
+        sampling = self.request.sampling
+        if token_ids and token_ids[-1] in sampling.stop_token_ids:
+            return FinishReason.STOP
+        if self.matcher is not None:
+            self.matcher.take(token_ids)
+            if self.matcher.is_complete:
+                return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.output_ids) >= sampling.max_tokens else None
 
     def usage(self) -> Usage:
         assert self.scheduled_s is not None
@@ -134,15 +158,18 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, matcher: TokenMatcher | None = None) -> None:
         """Queue a request.
+
+        Args:
+            matcher: of its grammar, where it has one, after what was generated before.
 
         Raises:
             OverloadedError: the queue is full.
         """
         if len(self._waiting) >= self._config.max_num_queued:
             raise OverloadedError(f"the engine's queue is full ({self._config.max_num_queued} requests)")
-        sequence = _Sequence(self._next_id, request)
+        sequence = _Sequence(self._next_id, request, matcher)
         self._next_id += 1
         self._by_request[request.id] = sequence
         self._waiting.append(sequence)
@@ -184,9 +211,7 @@ class Scheduler:
         for step in plan.sequences:
             sequence, result = running[step.sequence_id], results[step.sequence_id]
             if result.fault is not None:
-                self._pool.forget(sequence.blocks)
-                self._remove(sequence)
-                outputs.append(RequestFailed(request_id=sequence.request.id, message=result.fault))
+                outputs.append(self._fail(sequence, result.fault, invalid=result.is_invalid))
                 continue
             if step.num_drafts and not result.token_ids:
                 sequence.speculates = False
@@ -197,10 +222,14 @@ class Scheduler:
             self.num_accepted_tokens += num_accepted
             sequence.num_computed += len(step.token_ids) - step.num_drafts + num_accepted
             sequence.prompt_logprobs += result.prompt_logprobs
+            sequence.hidden_sums = added(sequence.hidden_sums, result.hidden_sums)
             sequence.output_ids += result.token_ids
             self._publish_full_blocks(sequence)
             if is_due:
-                outputs.append(self._advance(sequence, result))
+                try:
+                    outputs.append(self._advance(sequence, result))
+                except EngineFaultError as error:
+                    outputs.append(self._fail(sequence, str(error)))
         return outputs
 
     def fail(self, plan: BatchPlan, message: str) -> list[TokenChunk | RequestFailed]:
@@ -209,13 +238,10 @@ class Scheduler:
 
     def _advance(self, sequence: _Sequence, result: StepResult) -> TokenChunk:
         """All known tokens were computed, and more drawn: see whether the sequence ends."""
-        sampling, finish = sequence.request.sampling, None
         sequence.first_token_s = sequence.first_token_s or time.monotonic()
-        if result.token_ids and result.token_ids[-1] in sampling.stop_token_ids:
-            finish = FinishReason.STOP
-        if finish is None and len(sequence.output_ids) >= sampling.max_tokens:
-            finish = FinishReason.LENGTH
+        finish = sequence.ends_with(result.token_ids)
         scores = sequence.prompt_logprobs if sequence.scores_prompt else None
+        vector = embedding(sequence.hidden_sums) if sequence.request.embed else None
         says_usage = finish is not None or not sequence.sent_any
         sequence.sent_any, sequence.prompt_logprobs = True, []
         if finish is not None:
@@ -225,9 +251,15 @@ class Scheduler:
             token_ids=list(result.token_ids),
             logprobs=list(result.logprobs),
             prompt_logprobs=scores,
+            embedding=vector,
             finish_reason=finish,
             usage=sequence.usage() if says_usage else None,
         )
+
+    def _fail(self, sequence: _Sequence, message: str, *, invalid: bool = False) -> RequestFailed:
+        self._pool.forget(sequence.blocks)
+        self._remove(sequence)
+        return RequestFailed(request_id=sequence.request.id, message=message, invalid=invalid)
 
     def _add_drafts(self, steps: dict[int, SequenceStep]) -> None:
         """Let the steps of a batch that only decodes try drafts, where that pays. Preempts nobody for it."""
@@ -261,13 +293,15 @@ class Scheduler:
             seed=sequence.seed,
             history=(sequence.prompt_ids, sequence.output_ids),
             scores_prompt=sequence.scores_prompt,
+            embeds=sequence.request.embed,
+            matcher=sequence.matcher,
         )
 
     def _admit(self, sequence: _Sequence, budget: int) -> int:
         """Give a waiting sequence its known prefix and the blocks of its first chunk; 0 if there are too few."""
         size = self._config.block_tokens
-        # At least the last known token is computed anew: its logits are needed. Scoring needs all of them.
-        reusable = self._config.prefix_caching and not sequence.scores_prompt
+        # At least the last known token is computed anew: its logits are needed. Scoring and embedding need all.
+        reusable = self._config.prefix_caching and not (sequence.scores_prompt or sequence.request.embed)
         num_reusable = (sequence.num_known - 1) // size if reusable else 0
         prefix = self._pool.find_prefix(sequence.block_names(num_reusable, size))
         num_found = len(prefix) * size
@@ -279,7 +313,7 @@ class Scheduler:
         sequence.blocks = prefix + self._pool.allocate(needed)
         sequence.num_computed = num_found
         sequence.num_published = len(prefix)
-        if not sequence.sent_any:
+        if not sequence.sent_any and not sequence.request.embed:
             sequence.num_cached = num_found
             self.prefix_queries_tokens += sequence.num_known
             self.prefix_hits_tokens += num_found
@@ -312,10 +346,13 @@ class Scheduler:
     def _release(self, sequence: _Sequence) -> None:
         self._pool.free(sequence.blocks)
         sequence.blocks, sequence.num_published, sequence.num_computed = [], 0, 0
+        sequence.hidden_sums = ()
         if sequence.scores_prompt:
             sequence.prompt_logprobs = []
 
     def _publish_full_blocks(self, sequence: _Sequence) -> None:
+        if sequence.request.embed:
+            return  # many texts come once each, and would drive out what comes again
         size = self._config.block_tokens
         num_full = sequence.num_computed // size
         if self._config.prefix_caching and num_full > sequence.num_published:

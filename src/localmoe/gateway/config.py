@@ -1,6 +1,12 @@
 """Settings of the gateway."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
+
+from localmoe.gateway.cache.config import CacheConfig
+from localmoe.gateway.identity.config import IdentityConfig
+from localmoe.gateway.jobs.config import JobsConfig
+from localmoe.gateway.limits.config import LimitsConfig
+from localmoe.gateway.middleware.cors_config import CorsConfig
 
 _MAX_TIME_S = 1_000_000
 """Clocks take no infinite times."""
@@ -22,9 +28,22 @@ class GatewayConfig:
     the alternatives plus one. Each takes some hundred bytes until the answer is sent."""
     body_timeout_s: float = 60.0
     """A request whose body has not come whole by then gets 408."""
+    max_background_responses: int = 64
+    """Most responses (`/v1/responses` with `background`) that are made at a time."""
+    background_timeout_s: float = 3600.0
+    """One that is not complete by then has failed."""
+
+    identity: IdentityConfig = field(default_factory=IdentityConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    cors: CorsConfig = field(default_factory=CorsConfig)
+    jobs: JobsConfig = field(default_factory=JobsConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    request_log: bool = True
+    """Whether a line is written on standard error for each request: who asked, and what came of it."""
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
+        bounds = {one.name: getattr(self, one.name) for one in fields(self) if one.type in (int, float)}
+        for name, value in bounds.items():
             if not value > 0:
                 raise ValueError(f"{name} is {value}; it must be positive")
             if name.endswith("_s") and value > _MAX_TIME_S:

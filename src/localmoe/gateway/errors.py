@@ -15,13 +15,31 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from localmoe.core.errors import (
+    AuthenticationError,
     BackendUnavailableError,
+    ConfigError,
+    ConflictError,
+    DeadlineExceededError,
     EngineFaultError,
+    EngineStartError,
+    InsufficientMemoryError,
     InvalidRequestError,
+    IssuerUnavailableError,
+    ModelBuildError,
+    ModelFileError,
     ModelNotFoundError,
+    NotFoundError,
     OverloadedError,
+    PermissionDeniedError,
+    PreconditionError,
+    QuotaExceededError,
+    RateLimitedError,
     RequestTooLargeError,
+    SettingNotFoundError,
+    StorageError,
+    StorageFullError,
     UnsupportedFieldError,
+    VersionNotFoundError,
 )
 
 logger = logging.getLogger(__name__)
@@ -66,6 +84,10 @@ class ApiError:
         if self.retry_after_s is not None:
             headers["retry-after"] = str(math.ceil(self.retry_after_s))
             headers["retry-after-ms"] = str(math.ceil(self.retry_after_s * 1000))
+        if self.code == "engine_fault" or (self.status == 429 and self.retry_after_s is None):
+            headers["x-should-retry"] = "false"  # OpenAI's and Anthropic's clients would; who could was tried
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
         return Response(self.body(), self.status, headers, media_type="application/json")
 
 
@@ -86,10 +108,50 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(status=400, message=message, param=error.param, code=error.code or default)
         case ModelNotFoundError():
             return ApiError(status=404, message=message, param="model", code="model_not_found")
+        case NotFoundError():
+            return ApiError(status=404, message=message, param=error.param, code="not_found")
+        case QuotaExceededError():
+            return ApiError(status=413, message=message, code="quota_exceeded")
+        case StorageError():
+            is_full = isinstance(error, StorageFullError)
+            return ApiError(
+                status=507 if is_full else 503,
+                message=message,
+                type="server_error",
+                code="storage_full" if is_full else "storage_unavailable",
+                retry_after_s=None if is_full else 1.0,
+            )
+        case SettingNotFoundError() | VersionNotFoundError():
+            return ApiError(status=404, message=message, code="not_found")
+        case PreconditionError():
+            return ApiError(status=412, message=message, param="if-match", code="precondition_failed")
+        case ConflictError():
+            code = "insufficient_memory" if isinstance(error, InsufficientMemoryError) else "conflict"
+            return ApiError(status=409, message=message, code=code)
+        case EngineStartError() | ModelBuildError() | ModelFileError():
+            return ApiError(status=422, message=message, code="model_load_failed")
+        case ConfigError():
+            return ApiError(status=422, message=message, code="invalid_configuration")
+        case AuthenticationError():
+            return ApiError(status=401, message=message, code="invalid_api_key")
+        case PermissionDeniedError():
+            return ApiError(status=403, message=message, type="permission_error", code="permission_denied")
+        case IssuerUnavailableError():
+            code = "issuer_unavailable"
+            return ApiError(status=503, message=message, type="server_error", code=code, retry_after_s=10.0)
+        case RateLimitedError():
+            code = "rate_limit_exceeded"
+            return ApiError(
+                status=429, message=message, type=error.kind, code=code, retry_after_s=error.retry_after_s
+            )
         case RequestTooLargeError():
             return ApiError(status=413, message=message, code="request_too_large")
         case BackendUnavailableError():
-            code = "overloaded" if isinstance(error, OverloadedError) else "engine_unavailable"
+            code = "engine_unavailable"
+            if isinstance(error, OverloadedError):
+                code = "overloaded"
+            elif isinstance(error, DeadlineExceededError):
+                code = "deadline_exceeded"
             return ApiError(
                 status=503, message=message, type="server_error", code=code, retry_after_s=error.retry_after_s
             )
@@ -156,13 +218,15 @@ async def handle_known_error(request: Request, error: Exception) -> Response:
 async def handle_validation_error(request: Request, error: Exception) -> Response:
     """For bodies that do not match a schema; FastAPI reads a body of another content type as mere bytes."""
     assert isinstance(error, RequestValidationError)
+    problem = error.errors()[0]
     content_type = request.headers.get("content-type", "")
     media_type = content_type.partition(";")[0].strip().lower()
-    if media_type != "application/json" and not (media_type.startswith("application/") and "+json" in media_type):
+    is_json = media_type == "application/json" or (media_type.startswith("application/") and "+json" in media_type)
+    if problem["loc"][0] == "body" and not is_json:
         return ApiError(
             status=415, message=f"content-type must be application/json, not {content_type[:100]!r}"
         ).response()
-    return validation_error(error.errors()[0]).response()
+    return validation_error(problem).response()
 
 
 async def handle_http_exception(request: Request, error: Exception) -> Response:

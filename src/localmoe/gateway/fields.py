@@ -4,7 +4,7 @@ A field is honoured, refused by name, or in an API's `IGNORED` table: harmless, 
 in the `x-localmoe-ignored` header. There is no fourth kind.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Annotated, Any, ClassVar, Self
 
@@ -50,6 +50,13 @@ UNICODE = AfterValidator(_check_text)
 Text = Annotated[str, UNICODE]
 ModelId = Annotated[str, Field(max_length=512), UNICODE]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Metadata = Annotated[
+    dict[
+        Annotated[str, Field(max_length=64), UNICODE],
+        Annotated[str, Field(max_length=512), UNICODE],
+    ],
+    Field(max_length=16, fail_fast=True),
+]
 
 
 def is_list(value: Any) -> str:
@@ -62,6 +69,11 @@ Stop = Annotated[
     Annotated[StopString, Tag("<text>")]
     | Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True), Tag("<list>")],
     Discriminator(is_list),
+]
+
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_LOGIT_BIASES, fail_fast=True),
 ]
 
 
@@ -101,15 +113,30 @@ class ApiModel(BaseModel):
         ignored = tuple(name for name in data if name in cls.IGNORED)
         dropped = {*ignored, *cls.REFUSED}
         # One unknown field is complained of; a complaint about each of a million would take seconds.
-        unknown = islice((name for name in data if name not in cls.model_fields and name not in dropped), 1)
-        kept = [*unknown, *(name for name in cls.model_fields if name in data)]
+        names = {field.alias or name: None for name, field in cls.model_fields.items()}
+        unknown = islice((name for name in data if name not in names and name not in dropped), 1)
+        kept = [*unknown, *(name for name in names if name in data)]
         result = handler({name: data[name] for name in kept})
         result._ignored = ignored
         return result
 
-    def ignored_headers(self) -> dict[str, str]:
-        """The header that names the fields without effect; empty if there were none."""
-        return {IGNORED_HEADER: ", ".join(self._ignored)} if self._ignored else {}
+    def ignored_headers(self, also: Iterable[str] = ()) -> dict[str, str]:
+        """The header that names the fields without effect, here and in all that is inside; empty if there were none.
+
+        Args:
+            also: further ones.
+        """
+        names = dict.fromkeys((*self.ignored_fields(), *also))
+        return {IGNORED_HEADER: ", ".join(names)} if names else {}
+
+    def ignored_fields(self) -> Iterator[str]:
+        """Those without effect, with the names of the fields that they are in."""
+        yield from self._ignored
+        for name, value in self:
+            several = isinstance(value, list) and value and isinstance(value[0], ApiModel)
+            for inner in value if several else (value,):
+                if isinstance(inner, ApiModel):
+                    yield from (f"{name}.{path}" for path in inner.ignored_fields())
 
 
 class StreamOptions(ApiModel):
@@ -141,9 +168,7 @@ class SamplingFields(ApiModel):
     )
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: (
-        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
-    ) = Field(default=None, max_length=MAX_LOGIT_BIASES, description="Added to logits, by token id.")
+    logit_bias: LogitBias | None = Field(default=None, description="Added to logits, by token id.")
     seed: int | None = Field(
         default=None, ge=-(2**63), lt=2**63, description="The same seed and request give the same answer."
     )
@@ -172,15 +197,9 @@ class SamplingFields(ApiModel):
         """`stop` as a tuple, whichever way it was written."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    def ignored_headers(self) -> dict[str, str]:
-        """As `ApiModel.ignored_headers`, with the fields inside `stream_options`."""
-        inner = self.stream_options._ignored if self.stream_options else ()
-        names = [*self._ignored, *(f"stream_options.{name}" for name in inner)]
-        return {IGNORED_HEADER: ", ".join(names)} if names else {}
-
 
 class PromptTokensDetails(BaseModel):
-    """Part of `Usage`."""
+    """Part of `UsageCounts`."""
 
     cached_tokens: int = Field(description="Prompt tokens found in the prefix cache.")
 

@@ -1,45 +1,32 @@
 """What the routes' documentation shares."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-from fastapi import FastAPI
-from pydantic.json_schema import models_json_schema
-
-from localmoe.core.inspection import InspectionList
-from localmoe.gateway.chat_schema import ChatCompletionChunk
 from localmoe.gateway.errors import ErrorResponse
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorResponse, "description": "The request cannot be served as it stands."},
     "5XX": {"model": ErrorResponse, "description": "The engine is not available (503) or failed (500)."},
 }
-
-
-_REF = "#/components/schemas/{model}"
-
-
-def stream_or(chunk: str) -> dict[str, Any]:
-    """Documents that the same route also streams events, each a `chunk`."""
-    return {
-        "description": f"The answer; with `stream: true` server-sent events, each a `{chunk}`, then `[DONE]`.",
-        "content": {"text/event-stream": {"schema": {"$ref": _REF.format(model=chunk)}}},
-    }
+SCHEMA_REF = "#/components/schemas/{model}"
 
 
 def ref_to(schema: type) -> dict[str, str]:
-    """Names a schema that `DocumentedApp` adds."""
-    return {"$ref": _REF.format(model=schema.__name__)}
+    """Names a schema: a route's model, or one that `DocumentedApp` adds."""
+    return {"$ref": SCHEMA_REF.format(model=schema.__name__)}
 
 
-class DocumentedApp(FastAPI):
-    """Adds to the documentation the schemas that FastAPI does not find: a stream's chunk, and those of msgspec."""
+def documented(schema: type, *, streams: Sequence[type] = ()) -> dict[str, Any]:
+    """Documents an answer that FastAPI cannot tell from the route, or not all of it.
 
-    def openapi(self) -> dict[str, Any]:
-        """See `FastAPI.openapi`."""
-        document = super().openapi()
-        _, chunk = models_json_schema([(ChatCompletionChunk, "serialization")], ref_template=_REF)
-        _, inspection = msgspec.json.schema_components([InspectionList], ref_template=_REF.format(model="{name}"))
-        for name, schema in (chunk["$defs"] | inspection).items():
-            document["components"]["schemas"].setdefault(name, schema)
-        return document
+    Args:
+        schema: of the answer in one piece, as those that follow.
+        streams: of the events that the same route streams.
+    """
+    content: dict[str, Any] = {"application/json": {"schema": ref_to(schema)}}
+    if not streams:
+        return {"description": "The answer.", "content": content}
+    events = [ref_to(event) for event in streams]
+    content["text/event-stream"] = {"schema": events[0] if len(events) == 1 else {"anyOf": events}}
+    return {"description": "The answer; with `stream: true` server-sent events.", "content": content}

@@ -6,12 +6,13 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field, model_validator
 
 from localmoe.core.errors import InvalidRequestError
-from localmoe.gateway.chat_schema import MAX_MESSAGES, ChatMessage
+from localmoe.gateway.answering.conversation import Conversation, prompt_ids
+from localmoe.gateway.answering.prompts import encode_text, work_on
+from localmoe.gateway.answering.sampling import check_token_id
 from localmoe.gateway.context import GatewayContext
-from localmoe.gateway.fields import MAX_TOKEN_IDS, ApiModel, ModelId, Text, TokenId
+from localmoe.gateway.fields import MAX_TOKEN_IDS, ApiModel, ModelId, SamplingFields, Text, TokenId
+from localmoe.gateway.openai.chat_messages import MAX_MESSAGES, ChatMessage, other_part
 from localmoe.gateway.openapi import ERROR_RESPONSES
-from localmoe.gateway.prompts import encode_chat, encode_text, work_on
-from localmoe.gateway.sampling import check_token_id
 
 
 class TokenizeRequest(ApiModel):
@@ -41,7 +42,7 @@ class TokenizeResponse(BaseModel):
     """The token ids and how they compare to the model's context."""
 
     count: int
-    max_model_len: int
+    max_model_len: int | None
     tokens: list[int]
 
 
@@ -67,9 +68,16 @@ def router(context: GatewayContext) -> APIRouter:
     @routes.post("/v1/tokenize", responses=ERROR_RESPONSES, summary="Text or messages to token ids")
     async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
         model = context.model(body.model)
+        _ = model.local_text  # a refusal where it is not here
         if body.messages is not None:
-            messages = [message.for_template() for message in body.messages]
-            ids = await encode_chat(model, messages, add_special_tokens=bool(body.add_special_tokens))
+            conversation = Conversation(
+                messages=[message.plain() for message in body.messages],
+                sampling=SamplingFields(model=body.model),
+                max_tokens=None,
+                max_tokens_field="max_tokens",
+                other_part=other_part(body.messages),
+            )
+            ids = await prompt_ids(conversation, model, add_special_tokens=bool(body.add_special_tokens))
         else:
             prompt = body.prompt or ""
             add = body.add_special_tokens is not False
@@ -80,7 +88,8 @@ def router(context: GatewayContext) -> APIRouter:
     async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
         model = context.model(body.model)
         check_token_id(max(body.tokens, default=0), model, param="tokens")
-        text = await work_on(len(body.tokens), model.text.tokenizer.decode, body.tokens, skip_special_tokens=False)
+        decode = model.local_text.tokenizer.decode
+        text = await work_on(len(body.tokens), decode, body.tokens, skip_special_tokens=False)
         return DetokenizeResponse(prompt=text)
 
     return routes

@@ -3,7 +3,7 @@
 import importlib
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,14 +49,8 @@ def find_gpus(root: Path = Path("/")) -> list[Gpu]:
 
 
 @contextmanager
-def watch_utilisation(uuid: str) -> Iterator[Callable[[], float] | None]:
-    """Within, a call gives the share of recent time, from a sixth of a second to a second, in which a GPU computed.
-
-    None where nobody tells: NVML's Python package is not installed, or it does not know the GPU.
-
-    Args:
-        uuid: the GPU's, without the prefix `GPU-`.
-    """
+def open_nvml() -> Iterator[Any]:
+    """NVML's Python module, started; None where it is not installed or does not start."""
     try:
         nvml: Any = importlib.import_module("pynvml")
         nvml.nvmlInit()
@@ -68,6 +62,25 @@ def watch_utilisation(uuid: str) -> Iterator[Callable[[], float] | None]:
         yield None
         return
     try:
+        yield nvml
+    finally:
+        with suppress(nvml.NVMLError):  # a driver that is gone has nothing to shut down
+            nvml.nvmlShutdown()
+
+
+@contextmanager
+def watch_utilisation(uuid: str) -> Iterator[Callable[[], float] | None]:
+    """Within, a call gives the share of recent time, from a sixth of a second to a second, in which a GPU computed.
+
+    None where nobody tells: NVML's Python package is not installed, or it does not know the GPU.
+
+    Args:
+        uuid: the GPU's, without the prefix `GPU-`.
+    """
+    with open_nvml() as nvml:
+        if nvml is None:
+            yield None
+            return
         try:
             handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
             nvml.nvmlDeviceGetUtilizationRates(handle)
@@ -76,8 +89,6 @@ def watch_utilisation(uuid: str) -> Iterator[Callable[[], float] | None]:
             yield None
             return
         yield lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
-    finally:
-        nvml.nvmlShutdown()
 
 
 def _name(information: Path) -> str:
@@ -88,18 +99,13 @@ def _name(information: Path) -> str:
 
 
 def _ask_nvml(gpu: Gpu) -> Gpu:
-    try:
-        nvml: Any = importlib.import_module("pynvml")
-    except ImportError:
-        return gpu
-    try:
-        nvml.nvmlInit()
+    with open_nvml() as nvml:
+        if nvml is None:
+            return gpu
         try:
             handle = nvml.nvmlDeviceGetHandleByPciBusId(gpu.address.encode())
             name, memory = nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetMemoryInfo(handle)
-        finally:
-            nvml.nvmlShutdown()
-    except nvml.NVMLError as error:
-        logger.info("NVML does not know %s: %s", gpu.address, error)
-        return gpu
+        except nvml.NVMLError as error:
+            logger.info("NVML does not know %s: %s", gpu.address, error)
+            return gpu
     return replace(gpu, name=name if isinstance(name, str) else name.decode(), memory_bytes=int(memory.total))

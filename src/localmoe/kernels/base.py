@@ -144,6 +144,13 @@ class Experts(Protocol):
         ...
 
 
+class Norm(Protocol):
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        """Rows [T, D] float32 scaled to a root mean square of 1, times a weight for each column (Zhang and Sennrich,
+        2019)."""
+        ...
+
+
 class Head(Protocol):
     def __call__(self, x_SD: Tensor) -> Tensor:
         """Scores of the next token [S, V] float32 from the last layer's output."""
@@ -202,6 +209,8 @@ class Kernels(Protocol):
     def experts(self, num_experts: int, hidden_size: int, expert_size: int, weights: WeightFormat) -> Experts:
         """A layer's experts, none placed yet."""
         ...
+
+    def norm(self, norm_D: Tensor, eps: float) -> Norm: ...
 
     def head(self, norm_D: Tensor, weights: PackedMatrix, eps: float) -> Head: ...
 

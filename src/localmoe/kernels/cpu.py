@@ -28,6 +28,7 @@ from localmoe.kernels.base import (
     Embedding,
     Experts,
     Head,
+    Norm,
     PagedStep,
     Router,
     RouterWeights,
@@ -120,10 +121,10 @@ class CpuKernels:
         runtime, norm, eps = self._runtime, weights.norm_D.numpy(), weights.eps
         matrix, top_k, normalize = weights.router, weights.top_k, weights.normalize
         if matrix is None:
+            normed = self.norm(weights.norm_D, eps)
 
             def all_to_one(x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-                h_TD = torch.empty_like(x_TD)
-                runtime.norm(norm, eps, x_TD.numpy(), h_TD.numpy())
+                h_TD = normed(x_TD)
                 return h_TD, torch.zeros(len(x_TD), 1, dtype=torch.int32), torch.ones(len(x_TD), 1)
 
             return all_to_one
@@ -147,6 +148,16 @@ class CpuKernels:
 
     def experts(self, num_experts: int, hidden_size: int, expert_size: int, weights: WeightFormat) -> Experts:
         return _CpuExperts(self._runtime, _cpu.Experts(weights.value, num_experts, hidden_size, expert_size))
+
+    def norm(self, norm_D: Tensor, eps: float) -> Norm:
+        runtime, weights_D = self._runtime, norm_D.numpy()
+
+        def normed(x_TD: Tensor) -> Tensor:
+            h_TD = torch.empty_like(x_TD)
+            runtime.norm(weights_D, eps, x_TD.numpy(), h_TD.numpy())
+            return h_TD
+
+        return normed
 
     def head(self, norm_D: Tensor, weights: PackedMatrix, eps: float) -> Head:
         runtime, norm, matrix = self._runtime, norm_D.numpy(), _matrix(weights)

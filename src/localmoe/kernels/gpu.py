@@ -20,6 +20,7 @@ from localmoe.kernels.base import (
     Embedding,
     Experts,
     Head,
+    Norm,
     PagedStep,
     Router,
     RouterWeights,
@@ -98,6 +99,10 @@ class GpuKernels:
         """A layer's experts, with room for all of them on the device; where there is not, see `SlotExperts`."""
         layout = expert_layout(hidden_size, expert_size, weights)
         return ResidentExperts(ExpertSlab.allocate(layout, num_experts, self._device), num_experts)
+
+    def norm(self, norm_D: Tensor, eps: float) -> Norm:
+        norm_D = norm_D.to(self._device)
+        return lambda x_TD: rows.normed(x_TD, norm_D, eps)
 
     def head(self, norm_D: Tensor, weights: PackedMatrix, eps: float) -> Head:
         norm_D, matrix = norm_D.to(self._device), DeviceMatrices([weights], self._device)

@@ -21,6 +21,7 @@ from localmoe.kernels.base import (
     Embedding,
     Experts,
     Head,
+    Norm,
     PagedStep,
     Router,
     RouterWeights,
@@ -87,6 +88,9 @@ class ReferenceKernels:
 
     def experts(self, num_experts: int, hidden_size: int, expert_size: int, weights: WeightFormat) -> Experts:
         return _ReferenceExperts()
+
+    def norm(self, norm_D: Tensor, eps: float) -> Norm:
+        return lambda x_TD: rms_norm(x_TD, norm_D, eps)
 
     def head(self, norm_D: Tensor, weights: PackedMatrix, eps: float) -> Head:
         head_VD = weights.dequantize()

@@ -78,8 +78,11 @@ class Decoder(ABC):
         self.embedding = kernels.embedding(dense.dense_matrix("embed"))
         self.layers = [Layer(shape, dense, index, kernels) for index in range(shape.num_layers)]
         self._choices = [layer.choose for layer in self.layers]
+        final_norm_D = dense.dense_vector("final_norm")
+        self.final_norm = kernels.norm(final_norm_D, shape.rms_norm_eps)
+        """Of rows of `forward`; the head has its own."""
         self.head = kernels.head(
-            dense.dense_vector("final_norm"),
+            final_norm_D,
             dense.dense_matrix("embed" if shape.tie_embeddings else "head"),
             shape.rms_norm_eps,
         )

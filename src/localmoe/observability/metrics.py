@@ -7,10 +7,23 @@ that dashboards and autoscalers made for it work; `localmoe_` names are ours.
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from localmoe.core.events import EngineRestarted, EngineState, Event, EventBus, RequestFinished
+from localmoe.core.events import (
+    ConfigReloaded,
+    EngineRestarted,
+    EngineState,
+    Event,
+    EventBus,
+    HttpAnswered,
+    RequestFinished,
+)
+from localmoe.observability.config_metrics import ConfigMetrics
+from localmoe.observability.dispatch_metrics import DispatchMetrics
+from localmoe.observability.http_metrics import HttpMetrics
 from localmoe.observability.tier_metrics import TierMetrics, increase
 
 _MODEL = ["model_name"]
+_ENGINE = ["model_name", "engine"]
+"""As vLLM labels what belongs to one of several engines."""
 _TTFT_BUCKETS_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0),
     *(2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
@@ -30,27 +43,27 @@ class Metrics:
 
     def __init__(self, bus: EventBus) -> None:
         self._registry = registry = CollectorRegistry()
-        self._last: dict[str, EngineState] = {}
+        self._last: dict[tuple[str, str], EngineState] = {}
         self._running = Gauge(
-            "vllm:num_requests_running", "Requests in the engine's batch.", _MODEL, registry=registry
+            "vllm:num_requests_running", "Requests in the engine's batch.", _ENGINE, registry=registry
         )
         self._waiting = Gauge(
-            "vllm:num_requests_waiting", "Requests in the engine's queue.", _MODEL, registry=registry
+            "vllm:num_requests_waiting", "Requests in the engine's queue.", _ENGINE, registry=registry
         )
         self._kv_usage = Gauge(
-            "vllm:kv_cache_usage_perc", "Share of cache blocks in use; 1 is all.", _MODEL, registry=registry
+            "vllm:kv_cache_usage_perc", "Share of cache blocks in use; 1 is all.", _ENGINE, registry=registry
         )
         self._prefix_queries = Counter(
-            "vllm:prefix_cache_queries", "Prompt tokens looked up.", _MODEL, registry=registry
+            "vllm:prefix_cache_queries", "Prompt tokens looked up.", _ENGINE, registry=registry
         )
         self._prefix_hits = Counter(
-            "vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", _MODEL, registry=registry
+            "vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", _ENGINE, registry=registry
         )
         self._draft_tokens = Counter(
-            "vllm:spec_decode_num_draft_tokens", "Draft tokens run.", _MODEL, registry=registry
+            "vllm:spec_decode_num_draft_tokens", "Draft tokens run.", _ENGINE, registry=registry
         )
         self._accepted_tokens = Counter(
-            "vllm:spec_decode_num_accepted_tokens", "Draft tokens that proved right.", _MODEL, registry=registry
+            "vllm:spec_decode_num_accepted_tokens", "Draft tokens that proved right.", _ENGINE, registry=registry
         )
         self._prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens.", _MODEL, registry=registry)
         self._generation_tokens = Counter("vllm:generation_tokens", "Generated tokens.", _MODEL, registry=registry)
@@ -69,16 +82,19 @@ class Metrics:
         self._preemptions = Counter(
             "localmoe_preemptions",
             "Requests put back because the cache was full.",
-            _MODEL,
+            _ENGINE,
             registry=registry,
         )
         self._restarts = Counter(
             "localmoe_engine_restarts",
             "Engine processes that died and were replaced.",
-            _MODEL,
+            _ENGINE,
             registry=registry,
         )
         self._tiers = TierMetrics(registry)
+        self._dispatch = DispatchMetrics(registry)
+        self._http = HttpMetrics(registry)
+        self._config = ConfigMetrics(registry)
         bus.subscribe(self._on_event)
 
     def render(self) -> tuple[bytes, str]:
@@ -94,8 +110,14 @@ class Metrics:
                 self._on_finished(event)
             case EngineState():
                 self._on_state(event)
+            case ConfigReloaded():
+                self._config.on_event(event)
+            case HttpAnswered():
+                self._http.on_event(event)
             case EngineRestarted():
-                self._restarts.labels(event.model).inc()
+                self._restarts.labels(event.model, event.engine).inc()
+            case _:
+                self._dispatch.on_event(event)
 
     def _on_finished(self, event: RequestFinished) -> None:
         self._prompt_tokens.labels(event.model).inc(event.prompt_tokens)
@@ -114,11 +136,12 @@ class Metrics:
             inter_token.observe(gap_s)
 
     def _on_state(self, event: EngineState) -> None:
-        last = self._last.get(event.model)
-        self._last[event.model] = event
-        self._running.labels(event.model).set(event.num_running)
-        self._waiting.labels(event.model).set(event.num_waiting)
-        self._kv_usage.labels(event.model).set(event.kv_blocks_used / max(1, event.kv_blocks_total))
+        who = (event.model, event.engine)
+        last = self._last.get(who)
+        self._last[who] = event
+        self._running.labels(*who).set(event.num_running)
+        self._waiting.labels(*who).set(event.num_waiting)
+        self._kv_usage.labels(*who).set(event.kv_blocks_used / max(1, event.kv_blocks_total))
         for counter, total, before in (
             (
                 self._prefix_queries,
@@ -130,5 +153,5 @@ class Metrics:
             (self._draft_tokens, event.num_draft_tokens, last.num_draft_tokens if last else 0),
             (self._accepted_tokens, event.num_accepted_tokens, last.num_accepted_tokens if last else 0),
         ):
-            increase(counter.labels(event.model), total, before)
+            increase(counter.labels(*who), total, before)
         self._tiers.on_state(event, last)

@@ -17,10 +17,10 @@ class TierMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         def counter(name: str, documentation: str, *labels: str) -> Counter:
-            return Counter(f"localmoe_{name}", documentation, ["model_name", *labels], registry=registry)
+            return Counter(f"localmoe_{name}", documentation, ["model_name", "engine", *labels], registry=registry)
 
         def gauge(name: str, documentation: str, *labels: str) -> Gauge:
-            return Gauge(f"localmoe_{name}", documentation, ["model_name", *labels], registry=registry)
+            return Gauge(f"localmoe_{name}", documentation, ["model_name", "engine", *labels], registry=registry)
 
         self._slots = gauge("expert_slots", "Experts that fit in a tier.", "tier")
         self._present = gauge("experts_present", "Experts that are in a tier now.", "tier")
@@ -46,52 +46,52 @@ class TierMetrics:
 
     def on_state(self, state: EngineState, last: EngineState | None) -> None:
         """Take in a state, given the one before."""
-        model = state.model
-        increase(self._layers.labels(model), state.num_layer_runs, last.num_layer_runs if last else 0)
-        increase(self._layer_seconds.labels(model), state.layers_s, last.layers_s if last else 0.0)
+        who = (state.model, state.engine)
+        increase(self._layers.labels(*who), state.num_layer_runs, last.num_layer_runs if last else 0)
+        increase(self._layer_seconds.labels(*who), state.layers_s, last.layers_s if last else 0.0)
         tiers, earlier = state.tiers, last.tiers if last else None
         if tiers is None:
             if earlier is not None:  # the engine is gone
                 for level in (self._slots, self._present, self._present_bytes):
-                    level.labels(model, "ram").set(0)
+                    level.labels(*who, "ram").set(0)
                     if earlier.device_slots:
-                        level.labels(model, "device").set(0)
+                        level.labels(*who, "device").set(0)
             return
-        self._slots.labels(model, "ram").set(tiers.num_slots)
-        self._present.labels(model, "ram").set(tiers.num_present)
-        self._present_bytes.labels(model, "ram").set(tiers.num_present * tiers.slot_bytes)
+        self._slots.labels(*who, "ram").set(tiers.num_slots)
+        self._present.labels(*who, "ram").set(tiers.num_present)
+        self._present_bytes.labels(*who, "ram").set(tiers.num_present * tiers.slot_bytes)
         for counter, field in (
-            (self._uses.labels(model, "ram"), "hits"),
-            (self._uses.labels(model, "disk"), "misses"),
-            (self._evictions.labels(model, "ram"), "evictions"),
-            (self._prefetches.labels(model), "prefetches"),
-            (self._outcomes.labels(model, "useful"), "prefetches_useful"),
-            (self._outcomes.labels(model, "late"), "prefetches_late"),
-            (self._outcomes.labels(model, "wasted"), "prefetches_wasted"),
-            (self._transfers.labels(model, _DISK), "disk_reads"),
-            (self._bytes.labels(model, _DISK), "disk_bytes"),
-            (self._busy.labels(model, _DISK), "disk_busy_s"),
-            (self._stall.labels(model, _DISK), "stall_s"),
-            (self._errors.labels(model, _DISK), "disk_errors"),
+            (self._uses.labels(*who, "ram"), "hits"),
+            (self._uses.labels(*who, "disk"), "misses"),
+            (self._evictions.labels(*who, "ram"), "evictions"),
+            (self._prefetches.labels(*who), "prefetches"),
+            (self._outcomes.labels(*who, "useful"), "prefetches_useful"),
+            (self._outcomes.labels(*who, "late"), "prefetches_late"),
+            (self._outcomes.labels(*who, "wasted"), "prefetches_wasted"),
+            (self._transfers.labels(*who, _DISK), "disk_reads"),
+            (self._bytes.labels(*who, _DISK), "disk_bytes"),
+            (self._busy.labels(*who, _DISK), "disk_busy_s"),
+            (self._stall.labels(*who, _DISK), "stall_s"),
+            (self._errors.labels(*who, _DISK), "disk_errors"),
         ):
             increase(counter, getattr(tiers, field), getattr(earlier, field, 0))
         if tiers.device_slots:
-            self._on_device(model, tiers, earlier)
+            self._on_device(who, tiers, earlier)
 
-    def _on_device(self, model: str, tiers: TierState, earlier: TierState | None) -> None:
-        self._slots.labels(model, "device").set(tiers.device_slots)
-        self._present.labels(model, "device").set(tiers.num_on_device)
-        self._present_bytes.labels(model, "device").set(tiers.num_on_device * tiers.device_slot_bytes)
+    def _on_device(self, who: tuple[str, str], tiers: TierState, earlier: TierState | None) -> None:
+        self._slots.labels(*who, "device").set(tiers.device_slots)
+        self._present.labels(*who, "device").set(tiers.num_on_device)
+        self._present_bytes.labels(*who, "device").set(tiers.num_on_device * tiers.device_slot_bytes)
         num_copies = tiers.copies_in + tiers.copies_out
         copies_before = earlier.copies_in + earlier.copies_out if earlier else 0
         size = tiers.device_slot_bytes
-        increase(self._transfers.labels(model, _DEVICE), num_copies, copies_before)
-        increase(self._bytes.labels(model, _DEVICE), num_copies * size, copies_before * size)
+        increase(self._transfers.labels(*who, _DEVICE), num_copies, copies_before)
+        increase(self._bytes.labels(*who, _DEVICE), num_copies * size, copies_before * size)
         for counter, field in (
-            (self._uses.labels(model, "device"), "device_hits"),
-            (self._evictions.labels(model, "device"), "device_evictions"),
-            (self._fetches.labels(model), "device_fetches"),
-            (self._busy.labels(model, _DEVICE), "copies_busy_s"),
+            (self._uses.labels(*who, "device"), "device_hits"),
+            (self._evictions.labels(*who, "device"), "device_evictions"),
+            (self._fetches.labels(*who), "device_fetches"),
+            (self._busy.labels(*who, _DEVICE), "copies_busy_s"),
         ):
             increase(counter, getattr(tiers, field), getattr(earlier, field, 0))
 

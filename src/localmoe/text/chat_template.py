@@ -1,104 +1,57 @@
 """Chat messages to a prompt, by the Jinja template that comes with a model.
 
-The environment is the one that templates are written for (transformers' `chat_template_utils`). Templates come
-from the model's directory, never from clients, but see clients' text; so they run in the immutable sandbox, and
-their output is bounded. The bounds are looked at where a template puts something out: a loop that puts out nothing
-runs to its end, which is why no template is rendered on an event loop's thread.
+Templates come from the model's directory or from whoever serves it, never from clients, but see clients' text. They
+are programs of others, so a process that may be lost compiles and renders them (`template_process`), and Jinja is not
+even loaded here.
 """
 
+import asyncio
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
-
-from localmoe.core.errors import CheckpointError, InvalidRequestError
+from localmoe.core.errors import CheckpointError, ConfigError, InvalidRequestError, OverloadedError
 from localmoe.formats.files import read_optional_json_object, read_text
+from localmoe.text.sandbox_process import DONE, REFUSED, SandboxProcess
+
+T = TypeVar("T")
 
 MAX_TEMPLATE_BYTES = 2**20
-MAX_PROMPT_CHARS = 64 * 2**20
-MAX_RENDER_S = 10.0
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` marks what the assistant wrote, for training; here its body is just rendered."""
-
-    tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _SafeNamespace(Namespace):
-    """Refuses underscore names, with which a template could disguise an object from the sandbox."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, args = args[0], args[1:]
-        attributes = dict(*args, **kwargs)
-        for name in attributes:
-            _check_attribute(name)
-        Namespace.__init__(self, attributes)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_attribute(name)
-        super().__setitem__(name, value)
-
-
-def _check_attribute(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace attribute may not begin with an underscore: {name!r}")
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """Unlike Jinja's own filter, leaves <, > and & alone."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda format_: now().strftime(format_)
-    environment.globals["namespace"] = _SafeNamespace
-    return environment
+_MAX_RENDER_S = 5.0
+"""Of real time; the processor's is bounded by `template_process.MAX_CPU_S`."""
+_MAX_ANSWER_BYTES = 2**27
+_MAX_WAITING = 256
+_TOO_MUCH = "it takes too much time or memory"
 
 
 class ChatTemplate:
-    """One model's template.
+    """One model's template, with a process of its own.
 
     Args:
         source: Jinja.
         special_tokens: `bos_token` and its like, visible to the template by name.
-        now: the clock behind `strftime_now`.
 
     Raises:
-        ValueError: `source` is not a template.
+        ValueError: `source` is not a template, or takes too much to compile.
+        OverloadedError: no process can be started.
     """
 
-    def __init__(
-        self, source: str, *, special_tokens: Mapping[str, str], now: Callable[[], datetime] = datetime.now
-    ) -> None:
-        try:
-            self._template = _environment(now).from_string(source)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template is not valid: {error}") from error
+    def __init__(self, source: str, *, special_tokens: Mapping[str, str]) -> None:
         self._special_tokens = dict(special_tokens)
-        self._knows_developer = "developer" in source
+        self._source = source
+        self._process = SandboxProcess(
+            "localmoe.text.template_process",
+            opening=source.encode(errors="replace"),
+            timeout_s=_MAX_RENDER_S,
+            max_answer_bytes=_MAX_ANSWER_BYTES,
+        )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="chat-template")
+        self._num_waiting = 0
+        complaint = _complaint(self._process.open())
+        if complaint is not None:
+            raise ValueError(f"the chat template is not valid: {complaint}")
 
     @classmethod
     def load(cls, directory: Path, *, special_tokens: Mapping[str, str]) -> "ChatTemplate | None":
@@ -126,42 +79,94 @@ class ChatTemplate:
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    @classmethod
+    def read(cls, path: Path, *, special_tokens: Mapping[str, str]) -> "ChatTemplate":
+        """A file of somebody who wants it in place of the model's own.
+
+        Raises:
+            ConfigError: it cannot be read, or is no template.
+        """
+        try:
+            return cls(read_text(path, max_bytes=MAX_TEMPLATE_BYTES), special_tokens=special_tokens)
+        except (CheckpointError, ValueError) as error:
+            said = str(error).removeprefix(f"{path}: ")
+            raise ConfigError(
+                f"chat_template is {str(path)!r}: {said}; name a file with a Jinja template"
+            ) from error
+
+    @property
+    def source(self) -> str:
+        """The Jinja text."""
+        return self._source
+
+    def mentions(self, name: str) -> bool:
+        """Whether it has this word; what a template has no word for it makes no use of."""
+        return name in self._source
+
+    async def in_turn(self, work: Callable[..., T], *args: Any) -> T:
+        """Do work that renders, in the thread that waits for this template's process: so that one that is slow
+        keeps nobody waiting who has to do with another.
+
+        Raises:
+            OverloadedError: too many wait for it already.
+        """
+        if self._num_waiting >= _MAX_WAITING:
+            raise OverloadedError("too many conversations wait for this model's chat template; try again later")
+        self._num_waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+        finally:
+            self._num_waiting -= 1
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        documents: Sequence[Mapping[str, Any]] = (),
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str:
         """The prompt that asks for the next assistant message.
 
-        A `developer` message is given to a template that has no word of that role as `system`, its older name.
-        How long this takes is the template's to say; call it in a thread of its own.
+        A `developer` message is given to a template that has no word of that role as `system`, its older name. It may
+        take a second; call it in a thread, such as that of `in_turn`.
 
         Args:
             messages: each with `role` and `content`.
+            tools: functions in the words of the OpenAI API.
+            documents: texts to answer from.
+            arguments: further names.
 
         Raises:
-            InvalidRequestError: the template refuses these messages, or its output is over the bounds.
+            InvalidRequestError: the template refuses these messages, or takes too much time or memory over them.
+            OverloadedError: its process cannot be started, or is busy for too long.
         """
-        if not self._knows_developer:
+        if not self.mentions("developer"):
             messages = [
                 {**message, "role": "system"} if message["role"] == "developer" else message
                 for message in messages
             ]
-        deadline = time.monotonic() + MAX_RENDER_S
-        pieces: list[str] = []
-        num_chars = 0
+        question = {
+            **self._special_tokens,
+            **(arguments or {}),
+            "messages": messages,
+            "tools": list(tools) or None,
+            "documents": list(documents) or None,
+        }
         try:
-            for piece in self._template.generate(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
-            ):
-                pieces.append(piece)
-                num_chars += len(piece)
-                if num_chars > MAX_PROMPT_CHARS or time.monotonic() > deadline:
-                    raise InvalidRequestError(
-                        f"the chat template's result is over {MAX_PROMPT_CHARS} characters"
-                        f" or took over {MAX_RENDER_S:g} s",
-                        param="messages",
-                    )
-        except InvalidRequestError:
-            raise
-        except Exception as error:  # a template may fail in as many ways as a program
+            answer = self._process.ask(json.dumps(question).encode())
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, or nested too deeply
+            answer = REFUSED + str(error).encode()
+        if (complaint := _complaint(answer)) is not None:
             raise InvalidRequestError(
-                f"the model's chat template does not take these messages: {error}", param="messages"
-            ) from error
-        return "".join(pieces)
+                f"the model's chat template does not take these messages: {complaint}", param="messages"
+            )
+        assert answer is not None
+        return answer[len(DONE) :].decode()
+
+
+def _complaint(answer: bytes | None) -> str | None:
+    """What the process has against something; None: nothing."""
+    if answer is None:
+        return _TOO_MUCH
+    return None if answer.startswith(DONE) else answer[len(REFUSED) :].decode(errors="replace")

@@ -1,6 +1,7 @@
 """Token ids to text as they come."""
 
 import codecs
+from collections.abc import Container
 
 from localmoe.text.tokenizer import Tokenizer
 
@@ -13,19 +14,32 @@ class IncrementalDetokenizer:
     Args:
         tokenizer: gives each token's bytes.
         skip_special_tokens: leave special tokens out.
+        shown_token_ids: but these.
         at_start: the sequence is a text of its own, so that spaces which the encoder puts before a text are taken
             off. False for an answer, which continues its prompt.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, at_start: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        shown_token_ids: Container[int] = (),
+        at_start: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
+        self._shown_token_ids = shown_token_ids
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._spaces_to_strip = tokenizer.num_leading_spaces if at_start else 0
 
     def push(self, token_id: int) -> str:
         """The characters that this token completes; often none."""
-        if self._skip_special_tokens and self._tokenizer.is_special(token_id):
+        if (
+            self._skip_special_tokens
+            and self._tokenizer.is_special(token_id)
+            and token_id not in self._shown_token_ids
+        ):
             return ""
         return self._strip(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
 

@@ -31,7 +31,7 @@ class StopStringDetector:
             _, start, self.matched = min(matches)
             self._held = ""
             return buffer[:start]
-        keep = min(self._possible_start(buffer, stop) for stop in self._stops)
+        keep = min(possible_start(buffer, stop) for stop in self._stops)
         self._held = buffer[keep:]
         return buffer[:keep]
 
@@ -40,12 +40,13 @@ class StopStringDetector:
         held, self._held = self._held, ""
         return held
 
-    @staticmethod
-    def _possible_start(buffer: str, stop: str) -> int:
-        """Where the longest end of `buffer` begins that is a beginning of `stop`."""
-        start = buffer.find(stop[0], max(0, len(buffer) - len(stop) + 1))
-        while start >= 0:
-            if stop.startswith(buffer[start:]):
-                return start
-            start = buffer.find(stop[0], start + 1)
-        return len(buffer)
+
+def possible_start(text: str, mark: str) -> int:
+    """Where the longest end of a text begins that is a beginning of the mark, and not all of it; else the text's
+    length."""
+    start = text.find(mark[0], max(0, len(text) - len(mark) + 1))
+    while start >= 0:
+        if mark.startswith(text[start:]):
+            return start
+        start = text.find(mark[0], start + 1)
+    return len(text)

@@ -158,6 +158,11 @@ class Tokenizer:
         """The id of a token by its own spelling; None if there is none."""
         return self._backend.token_to_id(token)
 
+    def special_token_id(self, text: str) -> int | None:
+        """The id of the special token that is written so; None if there is none."""
+        token_id = self.token_id(text)
+        return token_id if token_id is not None and self.is_special(token_id) else None
+
     def is_special(self, token_id: int) -> bool:
         """Whether the token marks structure and is no part of an answer's text."""
         return token_id in self._special_ids

@@ -3,6 +3,7 @@
 import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,6 +42,7 @@ from support.bench_models import (
     write_moe_gguf,
 )
 from support.models import FakeExperts, routed_to
+from support.tiny_text import write_tiny_text_model
 
 pytest.importorskip("localmoe._cpu")
 
@@ -151,7 +153,7 @@ def test_steps_are_held_against_the_best_read_before_or_after_them(
 def test_a_step_takes_the_mean_of_those_that_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, count = StepBench.step, itertools.count()
 
-    def step(self: StepBench, *arguments: int) -> tuple[float, NDArray[np.int32]]:
+    def step(self: StepBench, *arguments: Any) -> tuple[float, NDArray[np.int32]]:
         """Decodes first one stream, then four: the first two steps and the last of each take long."""
         _, ids_LTK = original(self, *arguments)
         place = (next(count) - 1 - PREFILLS) % DECODE_STEPS
@@ -161,6 +163,16 @@ def test_a_step_takes_the_mean_of_those_that_count(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("localmoe.bench.engine._DECODE_LIMIT_S", 100.0)
     report = measure(find_model(str(write_config(tmp_path / "tiny.json"))), "mxfp4", tmp_path)
     assert report.aggregate_tok_s == pytest.approx({1: 10.0, 4: 40.0})
+
+
+def test_what_a_grammar_costs(tmp_path: Path) -> None:
+    without = find_model(str(write_config(tmp_path / "tiny.json")))
+    assert measure(without, "mxfp4", tmp_path).grammar_ms == {}
+    write_tiny_text_model(tmp_path / "whole")
+    model = find_model(str(write_config(tmp_path / "whole/config.json", vocab_size=320)))
+    report = measure(model, "mxfp4", tmp_path)
+    assert set(report.grammar_ms) == set(STREAMS)
+    assert all(abs(added_ms) < 1000 for added_ms in report.grammar_ms.values())
 
 
 def test_bandwidth_is_a_rate() -> None:

@@ -99,7 +99,8 @@ def test_convert_verify_remove(catalog: Catalog, source: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-    assert not any(p.is_symlink() for p in path.rglob("*"))
+    assert [p for p in path.rglob("*") if p.is_symlink()] == [path / "checkpoint"]
+    assert catalog.checkpoint_path("tiny") == path / "checkpoint"
     with Store.open(catalog.store_path("tiny", WeightFormat.MXFP4)) as store:
         assert store.weights is WeightFormat.MXFP4
         assert store.shape.num_experts == 8

@@ -311,7 +311,9 @@ def test_own_server_is_started_and_stopped(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(chat_module.signal, "signal", lambda *_: None)
         with ExitStack() as stack:
             assert chat_module._connect(stack, "some/path", None)[1] == "tiny"
+            own = ["env", "LOCALMOE_GATEWAY__IDENTITY__MODE=open", sys.executable]
             assert started == [
-                [sys.executable, "-m", "localmoe", "serve", "--port", "0", "--", "some/path"],
+                # Ours alone: it listens to this machine, and asks for no key.
+                [*own, "-m", "localmoe", "serve", "--host", "127.0.0.1", "--port", "0", "--", "some/path"],
             ]
         assert started[-1] == ["stopped"]

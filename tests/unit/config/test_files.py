@@ -3,8 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from localmoe.config.files import read_config_file
+from localmoe.config.files import parse_config, read_config_bytes
 from localmoe.core.errors import ConfigError
+
+
+def read_config_file(path: Path) -> object:
+    return parse_config(read_config_bytes(path), path)
 
 
 def read(tmp_path: Path, text: str | bytes, name: str = "settings.yaml") -> object:
@@ -26,6 +30,25 @@ def test_yaml_and_json_hold_the_same(tmp_path: Path) -> None:
     assert read(tmp_path, "port: 9000\nengine:\n  speculation: false\n  kv_cache_share: 0.5\n") == expected
     text = '{"port": 9000,\n\t"engine": {"speculation": false, "kv_cache_share": 5e-1}}'
     assert read(tmp_path, text, "settings.json") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            '{"engine": {"max_num_seqs": 9223372036854775808}}',
+            "'max_num_seqs' has an integer of more than 64 bits",
+        ),
+        ('{"models": [{"model": "\\udc80"}]}', "'model' has text in it that is not Unicode"),
+        ('{"other_engines": {"\\udc80": 1}}', "'other_engines' has text in it that is not Unicode"),
+        ('{"models": ' + "[" * 40 + "]" * 40 + "}", "is nested too deeply"),
+    ],
+)
+def test_what_could_not_be_kept_or_shown_is_refused(text: str, said: str) -> None:
+    for name in ("site.json", "site.yaml"):
+        with pytest.raises(ConfigError) as raised:
+            parse_config(text.encode(), Path(name))
+        assert said in str(raised.value)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing but this\n", "---\n"])
@@ -90,7 +113,10 @@ def test_hostile_files_are_refused_quickly(tmp_path: Path) -> None:
     assert "nested too deeply" in problem(tmp_path, "[" * 100_000, "settings.json")
     # Each line names the one before twice: 2^40 numbers if they were written out.
     bomb = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
-    assert len(read(tmp_path, bomb)) == 40  # type: ignore[arg-type]
+    assert "aliases (`*`) stand for more than" in problem(tmp_path, bomb)
+    assert "an alias in line 1 stands for what it is in" in problem(tmp_path, "a: &a [1, [*a]]\n")
+    shared = "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 10))
+    assert len(read(tmp_path, "a0: &a0 [1, 1]\n" + shared)) == 10  # type: ignore[arg-type]
 
 
 def test_merge_keys_and_keys_that_are_blocks_are_refused_quickly(tmp_path: Path) -> None:

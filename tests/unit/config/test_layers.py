@@ -84,7 +84,7 @@ def test_a_block_whose_lines_are_all_comments_sets_nothing(file: Path) -> None:
         ("memory_config: {expert_treshold: 1}", "did you mean 'memory_config.expert_threshold'?"),
         ("gateway: {zzz: 1}", "'gateway.zzz' is not a setting; those of its block are max_body_bytes, "),
         ("7: 1", "'7' is not a setting"),
-        ("config: other.yaml", "'config' cannot be set in a file; name a file with --config or LOCALMOE_CONFIG"),
+        ("config: other.yaml", "'config' cannot be set in a file; say it with --config or LOCALMOE_CONFIG"),
         ("port: yes", "'port' is True; it must be a number"),
         ("engine: {tiers: {disk: {timeout_s: on}}}", "'engine.tiers.disk.timeout_s' is True; it must be a number"),
         ("engine: 3", "'engine' is 3; it must be a block of settings"),
@@ -106,7 +106,7 @@ def test_every_unknown_key_gets_a_line(file: Path) -> None:
     "key", ["swap_space", "use_v2_block_manager", "max_chunked_prefill_tokens", "zero_config"]
 )
 def test_retired_keys_say_what_became_of_them(file: Path, key: str) -> None:
-    assert f"'{key}' is not a setting any more: " in problem(f"{key}: 4", file)
+    assert f"'{key}' is not a setting any more: " in problem(f"config_version: 2\n{key}: 4", file)
     assert f"'engine.{key}' is not a setting any more: " in problem(f"engine: {{{key}: 4}}", file)
 
 
@@ -116,9 +116,7 @@ def test_a_bad_value_says_where_it_is_set(file: Path, monkeypatch: pytest.Monkey
     message = problem("engine: {tiers: {ram_bytes: 0}}", file)
     assert message == (f"setting 'engine.tiers.ram_bytes' (file {file}): ram_bytes is 0; it must be positive")
     message = problem("memory_config: {max_batch_size: -3}", file)
-    assert message.startswith(
-        f"setting 'engine.max_num_seqs' (a tuning block of file {file}): max_num_seqs is -3;"
-    )
+    assert message.startswith(f"setting 'engine.max_num_seqs' (an older key of file {file}): max_num_seqs is -3;")
     monkeypatch.setenv("LOCALMOE_ENGINE__MAX_NUM_SEQS", "0")
     message = problem("engine: {max_num_seqs: 5}", file)
     assert "(environment variable LOCALMOE_ENGINE__MAX_NUM_SEQS): max_num_seqs is 0; it must be" in message
@@ -155,7 +153,6 @@ def test_an_unknown_profile_lists_those_there_are(file: Path, monkeypatch: pytes
         ("engine: {tiers: {prefetch_layers: 1000000}}", "prefetch_layers is 1000000; it must be from 0 to 256"),
         ("engine: {tiers: {placement: ram}}", "it is 'ram': it must be a list"),
         ("engine: {tiers: {ram_bytes: 1.5e0}}", "it is '1.5e0': input should be a valid integer"),
-        ("port: 0x" + "f" * 5000, "it is a number of thousands of digits"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(file: Path, text: str, said: str) -> None:

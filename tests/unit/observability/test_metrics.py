@@ -46,10 +46,11 @@ def state(**fields: int) -> EngineState:
         "num_draft_tokens": 12,
         "num_accepted_tokens": 9,
     }
-    return EngineState(model="m", **{**values, **fields})
+    return EngineState(model="m", engine="native", **{**values, **fields})
 
 
 MODEL = (("model_name", "m"),)
+ENGINE = (("engine", "native"), *MODEL)
 
 
 def test_finished_requests() -> None:
@@ -80,26 +81,26 @@ def test_engine_states() -> None:
     bus.publish(state())
     bus.publish(state(num_running=0, prefix_cache_queries=150, prefix_cache_hits=40))
     found = samples(metrics)
-    assert found["vllm:num_requests_running", MODEL] == 0
-    assert found["vllm:num_requests_waiting", MODEL] == 5
-    assert found["vllm:kv_cache_usage_perc", MODEL] == 0.25
-    assert found["vllm:prefix_cache_queries_total", MODEL] == 150
-    assert found["vllm:prefix_cache_hits_total", MODEL] == 40
-    assert found["localmoe_preemptions_total", MODEL] == 1
-    assert found["vllm:spec_decode_num_draft_tokens_total", MODEL] == 12
-    assert found["vllm:spec_decode_num_accepted_tokens_total", MODEL] == 9
+    assert found["vllm:num_requests_running", ENGINE] == 0
+    assert found["vllm:num_requests_waiting", ENGINE] == 5
+    assert found["vllm:kv_cache_usage_perc", ENGINE] == 0.25
+    assert found["vllm:prefix_cache_queries_total", ENGINE] == 150
+    assert found["vllm:prefix_cache_hits_total", ENGINE] == 40
+    assert found["localmoe_preemptions_total", ENGINE] == 1
+    assert found["vllm:spec_decode_num_draft_tokens_total", ENGINE] == 12
+    assert found["vllm:spec_decode_num_accepted_tokens_total", ENGINE] == 9
 
 
 def test_counters_go_on_when_an_engine_begins_anew() -> None:
     bus = EventBus()
     metrics = Metrics(bus)
     bus.publish(state(prefix_cache_queries=100))
-    bus.publish(EngineRestarted(model="m", reason="killed"))
+    bus.publish(EngineRestarted(model="m", engine="native", reason="killed"))
     bus.publish(state(prefix_cache_queries=10, kv_blocks_used=0, kv_blocks_total=0))
     found = samples(metrics)
-    assert found["vllm:prefix_cache_queries_total", MODEL] == 110
-    assert found["localmoe_engine_restarts_total", MODEL] == 1
-    assert found["vllm:kv_cache_usage_perc", MODEL] == 0
+    assert found["vllm:prefix_cache_queries_total", ENGINE] == 110
+    assert found["localmoe_engine_restarts_total", ENGINE] == 1
+    assert found["vllm:kv_cache_usage_perc", ENGINE] == 0
 
 
 def test_two_registries_do_not_meet() -> None:

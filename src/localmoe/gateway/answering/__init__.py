@@ -1,0 +1,1 @@
+"""The road from a request to its answer, which all APIs share."""

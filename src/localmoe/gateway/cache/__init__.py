@@ -1,0 +1,1 @@
+"""Answers and embeddings that were computed before: in memory, in Redis, on disk."""

@@ -1,0 +1,201 @@
+"""`POST /v1/chat/completions`."""
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from localmoe.core.request import FinishReason, ToolCallDelta
+from localmoe.gateway.answering.conversation import choices
+from localmoe.gateway.answering.generation import ChoiceDelta, ScoredToken, UsageCounter, stream_choices
+from localmoe.gateway.answering.hints import DispatchHints, dispatch_hints
+from localmoe.gateway.answering.sampling import check_num_logprobs
+from localmoe.gateway.answering.streaming import DONE, Begun, encode_event, respond
+from localmoe.gateway.context import GatewayContext, ServedModel
+from localmoe.gateway.openai.chat_schema import (
+    AssistantMessage,
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    ChatLogprobs,
+    FunctionCall,
+    ToolCall,
+)
+from localmoe.gateway.openai.logprobs import chat_logprobs
+from localmoe.gateway.openapi import ERROR_RESPONSES, documented
+
+API = "chat.completions"
+
+
+def router(context: GatewayContext) -> APIRouter:
+    """The route over these models."""
+    routes = APIRouter(tags=["chat"])
+
+    @routes.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        responses={200: documented(ChatCompletion, streams=[ChatCompletionChunk]), **ERROR_RESPONSES},
+        summary="Answer a conversation",
+    )
+    async def create_chat_completion(
+        body: ChatCompletionRequest, request: Request, hints: Annotated[DispatchHints, Depends(dispatch_hints)]
+    ) -> Response:
+        conversation = body.conversation()
+        ignored = conversation.ignored(context.model(body.model))
+
+        async def begin(model: ServedModel) -> Begun:
+            answer_id = f"chatcmpl-{uuid.uuid4().hex}"
+            asked = await choices(conversation, model, hints, answer_id=answer_id, grammars=context.grammars)
+            check_num_logprobs(asked, echo=False, limit=context.config.max_logprobs)
+            deltas = stream_choices(model, asked, api=API, bus=context.bus, started_s=hints.came_s)
+            return Begun(ChatAnswer(body, model, len(asked), answer_id), deltas)
+
+        return await respond(
+            begin,
+            context.candidates(body.model),
+            stream=bool(body.stream),
+            headers=body.ignored_headers(ignored),
+            request=request,
+            keepalive_s=context.config.keepalive_s,
+        )
+
+    return routes
+
+
+class ChatAnswer:
+    """One request's answer, in the making."""
+
+    def __init__(self, body: ChatCompletionRequest, model: ServedModel, num_choices: int, answer_id: str) -> None:
+        self._model = model
+        self._with_logprobs = body.num_logprobs is not None
+        self._begun: set[int] = set()
+        self._include_usage = body.include_usage
+        self._id = answer_id
+        self._created = int(time.time())
+        self._envelope = {
+            "id": answer_id,
+            "object": "chat.completion.chunk",
+            "created": self._created,
+            "model": model.id,
+        }
+        self._messages = [_Message() for _ in range(num_choices)]
+        self._usage = UsageCounter(num_choices)
+
+    def add(self, delta: ChoiceDelta) -> None:
+        """See `Answer.add`."""
+        self._usage.count(delta)
+        self._messages[delta.index].add(delta)
+
+    def whole(self) -> bytes:
+        """See `Answer.whole`."""
+        whole = ChatCompletion(
+            id=self._id,
+            object="chat.completion",
+            created=self._created,
+            model=self._model.id,
+            choices=[
+                ChatChoice(
+                    index=index,
+                    message=message.whole(),
+                    logprobs=self._logprobs(message.scored) if self._with_logprobs else None,
+                    finish_reason=message.finish_reason,
+                )
+                for index, message in enumerate(self._messages)
+            ],
+            usage=self._usage.usage(),
+        )
+        return whole.model_dump_json(exclude_unset=True).encode()
+
+    def events(self, delta: ChoiceDelta) -> bytes:
+        """See `Answer.events`: the role at first, what there is, and an empty chunk with the reason at the end."""
+        self._usage.count(delta)
+        events = b""
+        if delta.index not in self._begun:
+            self._begun.add(delta.index)
+            events += self._event(delta.index, {"role": "assistant", "content": ""})
+        if delta.reasoning:
+            events += self._event(delta.index, {"reasoning_content": delta.reasoning})
+        if delta.text or delta.scored:
+            logprobs = self._logprobs(delta.scored) if delta.scored else None
+            events += self._event(delta.index, {"content": delta.text}, logprobs=logprobs)
+        if delta.tool_calls:
+            events += self._event(delta.index, {"tool_calls": [_call_chunk(call) for call in delta.tool_calls]})
+        if delta.finish_reason is not None:
+            events += self._event(delta.index, {}, finish_reason=delta.finish_reason)
+        return events
+
+    def end(self) -> bytes:
+        """See `Answer.end`: token counts where asked for."""
+        if not self._include_usage:
+            return DONE
+        return encode_event({**self._envelope, "choices": [], "usage": self._usage.usage()}) + DONE
+
+    def _event(
+        self,
+        index: int,
+        delta: Mapping[str, Any],
+        *,
+        logprobs: ChatLogprobs | None = None,
+        finish_reason: FinishReason | None = None,
+    ) -> bytes:
+        """A `ChatCompletionChunk`."""
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        chunk = {**self._envelope, "choices": [choice]}
+        if self._include_usage:
+            chunk["usage"] = None
+        return encode_event(chunk)
+
+    def _logprobs(self, scored: Sequence[ScoredToken]) -> ChatLogprobs:
+        return chat_logprobs(self._model.local_text.tokenizer, scored)
+
+
+class _Message:
+    """One of the answers, put together."""
+
+    finish_reason: FinishReason
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: list[tuple[ToolCallDelta, list[str]]] = []
+        self.scored: list[ScoredToken] = []
+
+    def add(self, delta: ChoiceDelta) -> None:
+        self._texts.append(delta.text)
+        self._reasoning.append(delta.reasoning)
+        self.scored += delta.scored
+        for call in delta.tool_calls:
+            if call.name is not None:
+                self._calls.append((call, []))
+            self._calls[call.index][1].append(call.arguments)
+        if delta.finish_reason is not None:
+            self.finish_reason = delta.finish_reason
+
+    def whole(self) -> AssistantMessage:
+        content = "".join(self._texts)
+        parts: dict[str, Any] = {}
+        if reasoning := "".join(self._reasoning):
+            parts["reasoning_content"] = reasoning
+        if self._calls:
+            parts["tool_calls"] = [
+                ToolCall(
+                    id=call.id or "",
+                    type="function",
+                    function=FunctionCall(name=call.name or "", arguments="".join(arguments)),
+                )
+                for call, arguments in self._calls
+            ]
+        shown = content if content or not self._calls else None
+        return AssistantMessage(role="assistant", content=shown, refusal=None, **parts)
+
+
+def _call_chunk(call: ToolCallDelta) -> dict[str, Any]:
+    """A `ToolCallChunk`."""
+    if call.name is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}

@@ -1,0 +1,1 @@
+"""What operators ask and change: models, settings, health, where experts are."""

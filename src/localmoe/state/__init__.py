@@ -1,0 +1,1 @@
+"""What outlives a server: keys, stored answers, files, jobs. In SQLite, or in PostgreSQL."""

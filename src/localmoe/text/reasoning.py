@@ -1,0 +1,77 @@
+"""Finds the reasoning that goes before an answer."""
+
+import re
+from collections.abc import Sequence
+
+from localmoe.text.answer_scanner import Parts, Source, Steps
+from localmoe.text.tool_calls import Tools, is_tool_name
+
+HARMONY_MARKERS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|constrain|>", "<|call|>")
+_BODY_ENDS = ("<|end|>", "<|call|>", "<|start|>")
+_RECIPIENT = re.compile(r"\bto=functions\.([^\s<]+)")
+_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
+
+
+def thought(source: Source, parts: Parts, *, marks: tuple[str, str], has_begun: bool) -> Steps[None]:
+    """Reasoning between two marks at the beginning of an answer.
+
+    Args:
+        has_begun: the prompt ends with the first mark.
+    """
+    opening, closing = marks
+    if has_begun or (yield from source.attempt(_opened(source, opening))):
+        parts.begin_reasoning()
+        yield from source.copy_until((closing,), parts.reasoning)
+
+
+def _opened(source: Source, opening: str) -> Steps[None]:
+    yield from source.skip_space()
+    yield from source.expect(opening)
+
+
+def harmony(source: Source, parts: Parts, tools: Tools) -> Steps[None]:
+    """Messages in channels, as gpt-oss writes them (OpenAI's harmony response format).
+
+    What it analyses is reasoning, what it says to a function is a tool call, and all else is content.
+    """
+    while (yield from source.peek()):
+        header: list[str] = []
+        if not (yield from source.attempt(_header(source, header))):
+            # Text without a header: as it is, up to where one may begin.
+            begun = yield from source.copy_until(("<|start|>",), parts.content)
+            if begun is None:
+                return
+            if not (yield from source.attempt(_header(source, header))):
+                parts.content(begun)
+                continue
+        recipient, channel = _RECIPIENT.search(header[0]), _CHANNEL.search(header[0])
+        if recipient and tools and is_tool_name(recipient[1]):
+            parts.call(recipient[1])
+            yield from source.copy_until(_BODY_ENDS, parts.arguments)
+        elif channel and channel[1] == "analysis":
+            parts.begin_reasoning()
+            yield from source.copy_until(_BODY_ENDS, parts.reasoning)
+        else:
+            parts.begin_content()
+            yield from source.copy_until(_BODY_ENDS, parts.content)
+
+
+def _header(source: Source, found: list[str]) -> Steps[None]:
+    yield from source.skip_space()
+    yield from source.accept("<|start|>")
+    yield from source.accept("assistant")
+    to = " " + (yield from _recipient(source)) if (yield from source.peek()) == " " else ""
+    yield from source.expect("<|channel|>")
+    found[:] = [to + "<|channel|>" + (yield from source.text_until("<|message|>"))]
+
+
+def _recipient(source: Source) -> Steps[str]:
+    yield from source.skip_space()
+    yield from source.expect("to=")
+    return "to=" + (yield from source.word())
+
+
+def marks_of(template: str) -> tuple[str, str] | None:
+    """Between which marks a model reasons, by its chat template; None: it does not, or not between marks."""
+    known: Sequence[tuple[str, str]] = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+    return next((marks for marks in known if marks[0] in template or marks[1] in template), None)

@@ -1,0 +1,61 @@
+"""Details of a message that no scripted engine brings about."""
+
+import json
+from typing import Any
+
+import pytest
+
+from localmoe.core.request import FinishReason, ToolCallDelta
+from localmoe.gateway.answering.generation import ChoiceDelta
+from localmoe.gateway.anthropic.answer import MessageAnswer
+
+
+def delta(
+    text: str = "", *, calls: tuple[ToolCallDelta, ...] = (), finish: FinishReason | None = None
+) -> ChoiceDelta:
+    return ChoiceDelta(
+        index=0,
+        text=text,
+        tool_calls=calls,
+        scored=[],
+        prompt_logprobs=None,
+        finish_reason=finish,
+        prompt_tokens=10,
+        completion_tokens=4,
+        cached_tokens=8,
+    )
+
+
+def whole(*deltas: ChoiceDelta) -> dict[str, Any]:
+    answer = MessageAnswer("tiny", shows_thinking=True, shows_thoughts=True)
+    for one in deltas:
+        answer.add(one)
+    message: dict[str, Any] = json.loads(answer.whole())
+    return message
+
+
+def test_tokens_found_in_the_cache_are_counted_once() -> None:
+    usage = (whole(delta("hi", finish=FinishReason.STOP)))["usage"]
+    assert usage == {
+        "input_tokens": 2,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": 8,
+        "output_tokens": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ('{"city": "Ulm", "days": 3}', {"city": "Ulm", "days": 3}),
+        ('{"city": "Ulm", "days": [1, 2', {"city": "Ulm", "days": [1, 2]}),
+        ("", {}),
+        ("[1]", {}),
+        ("not JSON", {}),
+    ],
+)
+def test_an_input_that_was_cut_off_is_what_there_is_of_it(arguments: str, shown: dict[str, Any]) -> None:
+    call = ToolCallDelta(index=0, id="call_1", name="weather", arguments=arguments)
+    message = whole(delta(calls=(call,)), delta(finish=FinishReason.LENGTH))
+    assert message["content"] == [{"type": "tool_use", "id": "call_1", "name": "weather", "input": shown}]
+    assert message["stop_reason"] == "max_tokens"
