@@ -1,7 +1,6 @@
 """A model whose chat template never ends holds up nobody else, in the gateway's process or beside it."""
 
 import asyncio
-import time
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +40,12 @@ async def test_it_is_refused_and_others_are_answered(app: FastAPI, path: str, bo
     transport = httpx2.ASGITransport(app=app)
     async with httpx2.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
         hostile = [asyncio.create_task(client.post(path, json={**body, "model": "hostile"})) for _ in range(3)]
-        worst_s, last_s, num_answered = 0.0, time.monotonic(), 0
+        num_answered = 0
         while not all(task.done() for task in hostile):
             answer = await client.post("/v1/chat/completions", json={**HELLO, "model": "honest"})
             assert answer.status_code == 200, answer.text
             num_answered += 1
-            worst_s, last_s = max(worst_s, time.monotonic() - last_s), time.monotonic()
         refused = [task.result() for task in hostile]
     assert [answer.status_code for answer in refused] == [400] * 3
     assert "it takes too much time or memory" in refused[0].text
-    assert num_answered > 10
-    assert worst_s < 0.5
+    assert num_answered > 10  # each of the others takes longer than that many answers

@@ -181,34 +181,33 @@ class TestSqlInCredentials:
     """LiteLLM CVE-2026-42208: SQL metacharacters in credentials, on error paths too."""
 
     @pytest.fixture
-    def sql_app(self, text_model: TextModel, tmp_path: Path) -> FastAPI:
-        self.database = Database(StateConfig(), default_path=tmp_path / "state.db")
-        self.keys = SqlKeyStore(self.database)
+    async def sql_app(self, text_model: TextModel, tmp_path: Path) -> AsyncIterator[FastAPI]:
+        database = Database(StateConfig(), default_path=tmp_path / "state.db")
+        self.keys = SqlKeyStore(database)
         authenticator = Authenticator(self.keys, TokenVerifier(TokenConfig(secret=SECRET), None))
-        return scripted_app(text_model, ScriptedBackend([5]), guard=Guard(identity=authenticator))
+        yield scripted_app(text_model, ScriptedBackend([5]), guard=Guard(identity=authenticator))
+        await authenticator.aclose()  # when keys were last used is written now and then
+        await database.close()
 
     async def test_they_are_text(self, sql_app: FastAPI) -> None:
         key, record = make_key(name=SQL[1], role=Role.USER, now_s=time.time())
         await self.keys.add(record)
-        try:
-            for text in SQL:
-                for headers in (
-                    [(b"authorization", b"Bearer " + text.encode())],
-                    [(b"x-api-key", text.encode())],
-                    [(b"x-api-key", (key[:-1] + text).encode())],
-                    [(b"x-api-key", key.encode() + text.encode())],
-                    [(b"x-api-key", text.encode()), (b"authorization", b"Bearer " + key.encode())],
-                ):
-                    assert await status(sql_app, "GET", "/v1/models", headers) == 401, (text, headers)
-                token = jwt.encode({"sub": text.strip("\x00") or "a", "exp": 2**33, "role": text}, SECRET, "HS256")
-                assert await status(sql_app, "GET", "/v1/models", [(b"x-api-key", token.encode())]) == 403
-                assert await self.keys.revoke(text, at_s=0.0) is False
-                assert await self.keys.find(text.encode()) is None
-                await self.keys.touch({text: 1.0})
-            assert await status(sql_app, "GET", "/v1/models", [(b"x-api-key", key.encode())]) == 200
-            assert [one.name for one in await self.keys.all()] == [SQL[1]]
-        finally:
-            await self.database.close()
+        for text in SQL:
+            for headers in (
+                [(b"authorization", b"Bearer " + text.encode())],
+                [(b"x-api-key", text.encode())],
+                [(b"x-api-key", (key[:-1] + text).encode())],
+                [(b"x-api-key", key.encode() + text.encode())],
+                [(b"x-api-key", text.encode()), (b"authorization", b"Bearer " + key.encode())],
+            ):
+                assert await status(sql_app, "GET", "/v1/models", headers) == 401, (text, headers)
+            token = jwt.encode({"sub": text.strip("\x00") or "a", "exp": 2**33, "role": text}, SECRET, "HS256")
+            assert await status(sql_app, "GET", "/v1/models", [(b"x-api-key", token.encode())]) == 403
+            assert await self.keys.revoke(text, at_s=0.0) is False
+            assert await self.keys.find(text.encode()) is None
+            await self.keys.touch({text: 1.0})
+        assert await status(sql_app, "GET", "/v1/models", [(b"x-api-key", key.encode())]) == 200
+        assert [one.name for one in await self.keys.all()] == [SQL[1]]
 
     async def test_while_the_database_is_broken_too(self, sql_app: FastAPI, tmp_path: Path) -> None:
         (tmp_path / "state.db").write_bytes(b"no database" * 1000)
@@ -216,7 +215,6 @@ class TestSqlInCredentials:
         assert await status(sql_app, "GET", "/v1/models", [(b"x-api-key", key.encode())]) == 503
         for text in SQL:
             assert await status(sql_app, "GET", "/v1/models", [(b"x-api-key", text.encode())]) == 401
-        await self.database.close()
 
 
 class TestAdminFields:

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from localmoe.cli.terminal import say
 from localmoe.config.settings import Settings
 from localmoe.core.current import Current
 from localmoe.core.errors import ConfigError, StorageError
@@ -22,18 +23,14 @@ if TYPE_CHECKING:
     from localmoe.gateway.limits.limiter import Limiter
 
 
-def asks_everybody(settings: Settings) -> bool:
-    """Whether everybody is asked who they are.
+def refuse_if_nobody_could_enter(settings: Settings) -> None:
+    """Before anything slow happens.
 
     Raises:
-        ConfigError: everybody would be, and nobody could answer.
+        ConfigError: everybody would be asked who they are, and nobody could answer.
     """
-
-    async def ask() -> bool:
-        async with open_keys(settings) as keys:
-            return await _asks_everybody(settings, keys)
-
-    return asyncio.run(ask())
+    if _asks_always(settings) and not settings.gateway.identity.tokens.are_taken:
+        _asks_everybody_now(settings)
 
 
 def with_identity_decided(settings: Settings) -> Settings:
@@ -42,29 +39,54 @@ def with_identity_decided(settings: Settings) -> Settings:
     Raises:
         ConfigError: as `asks_everybody`.
     """
-    identity = replace(settings.gateway.identity, mode="required" if asks_everybody(settings) else "open")
+    identity = replace(settings.gateway.identity, mode="required" if _asks_everybody_now(settings) else "open")
     return settings.model_copy(update={"gateway": replace(settings.gateway, identity=identity)})
 
 
-async def _asks_everybody(settings: Settings, keys: KeyStore) -> bool:
-    config = settings.gateway.identity
-    if config.mode == "open":
+def _asks_everybody_now(settings: Settings) -> bool:
+    async def ask() -> bool:
+        async with open_keys(settings) as keys:
+            return await asks_everybody(settings, keys)
+
+    return asyncio.run(ask())
+
+
+async def asks_everybody(settings: Settings, keys: KeyStore) -> bool:
+    """Whether everybody is asked who they are.
+
+    Raises:
+        ConfigError: everybody would be, and nobody could answer.
+    """
+    if settings.gateway.identity.mode == "open":
         return False
-    is_required = config.mode == "required" or not is_loopback(settings.host)
-    if config.tokens.are_taken:
+    if settings.gateway.identity.tokens.are_taken:
         return True
     try:
         now_s = time.time()
         has_keys = any(record.is_valid(now_s) for record in await keys.all())
     except StorageError:
         return True  # there may be some, and they can be read later
-    if is_required and not has_keys:
+    if _asks_always(settings) and not has_keys:
         raise ConfigError(
             f"whoever uses the server at {settings.host} has to show a key, and there is none: make one with "
             "`localmoe keys create NAME --role admin`, or set gateway.identity.mode to open, if everybody who can "
             "reach the server may do everything"
         )
     return has_keys
+
+
+def _asks_always(settings: Settings) -> bool:
+    """Whether it asks also where nobody has a key."""
+    mode = settings.gateway.identity.mode
+    return mode == "required" or (mode != "open" and not is_loopback(settings.host))
+
+
+def say_who_is_asked(host: str, *, asks: bool) -> None:
+    """On the terminal."""
+    if asks:
+        say("localmoe: whoever uses it has to show an API key or a token")
+    elif not is_loopback(host):
+        say(f"warning: everyone who can reach {host} can use this server; it asks for no key")
 
 
 class Doors:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from localmoe.catalog.catalog import DEMO_NAME, Catalog
-from localmoe.cli.identity import asks_everybody, with_identity_decided
+from localmoe.cli.identity import refuse_if_nobody_could_enter, say_who_is_asked, with_identity_decided
 from localmoe.cli.machine import find_findings
 from localmoe.cli.providing import provide
 from localmoe.cli.spec_checks import check_specs
@@ -21,7 +21,6 @@ from localmoe.config.settings import ConfigSource, Settings, read_settings
 from localmoe.core.errors import ConfigError
 from localmoe.core.model import WeightFormat
 from localmoe.core.serving import EngineSpec, ModelSpec
-from localmoe.gateway.identity.config import is_loopback
 
 _PORT_ERRORS = {errno.EADDRINUSE, errno.EACCES}
 
@@ -138,8 +137,7 @@ def serve(
         return
     listener = _bind(settings.host, settings.port)
     with listener:
-        asks = asks_everybody(settings)
-        _say_who_is_asked(settings.host, asks=asks)
+        refuse_if_nobody_could_enter(settings)
         catalog = Catalog(settings.home)
         for spec in specs:
             provide(catalog, spec)
@@ -149,14 +147,14 @@ def serve(
 
         from localmoe.cli.serving import serve_here
 
-        uvloop.run(serve_here(loaded, catalog, specs_of, threads, listener, asks=asks))
+        uvloop.run(serve_here(loaded, catalog, specs_of, threads, listener))
 
 
 def _serve_on_ray(settings: Settings, specs: Sequence[ModelSpec], threads: int | None) -> None:
     from localmoe.cli.ray_serving import serve_on_ray
 
     settings = with_identity_decided(settings)
-    _say_who_is_asked(settings.host, asks=settings.gateway.identity.mode == "required")
+    say_who_is_asked(settings.host, asks=settings.gateway.identity.mode == "required")
     if threads is not None:
         settings = settings.model_copy(update={"engine": replace(settings.engine, num_threads=threads)})
     serve_on_ray(settings, specs, host=settings.host, port=settings.port)
@@ -210,10 +208,3 @@ def _bind(host: str, port: int) -> socket.socket:
         flag = "--port" if getattr(error, "errno", None) in _PORT_ERRORS else "--host"
         raise ConfigError(f"cannot listen on {host} port {port}: {reason}; choose another {flag}") from error
     return listener
-
-
-def _say_who_is_asked(host: str, *, asks: bool) -> None:
-    if asks:
-        say("localmoe: whoever uses it has to show an API key or a token")
-    elif not is_loopback(host):
-        say(f"warning: everyone who can reach {host} can use this server; it asks for no key")

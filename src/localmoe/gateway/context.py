@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from localmoe.core.current import Current
 from localmoe.core.errors import InvalidRequestError, ModelNotFoundError
@@ -17,8 +18,10 @@ from localmoe.core.protocols import (
 )
 from localmoe.gateway.answering.grammar_checks import GrammarChecker
 from localmoe.gateway.config import GatewayConfig
-from localmoe.gateway.jobs.services import JobServices
 from localmoe.text.text_model import TextModel
+
+if TYPE_CHECKING:
+    from localmoe.gateway.jobs.services import JobServices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,7 @@ class Services:
     render_metrics: Callable[[], tuple[bytes, str]]
     """What `/metrics` shows, with its content type."""
     responses: ResponseStore
-    jobs: JobServices | None = None
+    jobs: "JobServices | None" = None
     """None: nothing is answered later, and no files are kept."""
     configuration: ConfigOperations | None = None
     """None: it is not changed while the server serves."""

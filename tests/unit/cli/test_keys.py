@@ -10,7 +10,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from localmoe.cli.identity import Doors, asks_everybody, open_keys
+from localmoe.cli.identity import Doors, open_keys, refuse_if_nobody_could_enter, with_identity_decided
 from localmoe.cli.main import app
 from localmoe.config.settings import Settings, load_settings
 from localmoe.core.current import Current
@@ -152,6 +152,10 @@ def test_names_are_shown_as_they_are(home: Path) -> None:
 TOKENS = {"tokens": {"secret": "s" * 32}}
 
 
+def asks_everybody(settings: Settings) -> bool:
+    return with_identity_decided(settings).gateway.identity.mode == "required"
+
+
 @pytest.mark.parametrize(
     ("host", "identity", "has_key", "asks"),
     [
@@ -178,8 +182,9 @@ def test_who_is_asked(home: Path, host: str, identity: dict, has_key: bool, asks
         keys("create", "alice")
     if asks is None:  # everybody would be, and nobody could answer
         with pytest.raises(ConfigError, match=r"localmoe keys create NAME --role admin.*mode to open"):
-            asks_everybody(settings)
+            refuse_if_nobody_could_enter(settings)
     else:
+        refuse_if_nobody_could_enter(settings)
         assert asks_everybody(settings) == asks
 
 
@@ -189,7 +194,7 @@ def test_an_expired_key_lets_nobody_in(home: Path) -> None:
     while listed()[0]["state"] == "valid":
         assert time.monotonic() < deadline_s
     with pytest.raises(ConfigError, match="there is none"):
-        asks_everybody(Settings(home=home, host="0.0.0.0"))
+        refuse_if_nobody_could_enter(Settings(home=home, host="0.0.0.0"))
 
 
 def test_where_keys_cannot_be_read_everybody_is_asked(home: Path) -> None:

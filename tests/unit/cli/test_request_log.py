@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -28,10 +29,11 @@ def test_nobody_who_does_not_read_stops_the_server(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(request_log, "_MAX_WAITING_LINES", 100)
     monkeypatch.setattr(request_log, "_STOP_S", 0.1)
     reader, pipe = os.pipe()
+    fill(pipe)
     with os.fdopen(pipe, "w") as stream:
         writer = RequestLogWriter(stream)
         started_s = time.monotonic()
-        for _ in range(3000):  # far more than a pipe holds
+        for _ in range(3000):
             writer.log.info("request", text="x" * 500)
         writer.stop()
         assert time.monotonic() - started_s < 5
@@ -49,6 +51,14 @@ def test_nobody_who_does_not_read_stops_the_server(monkeypatch: pytest.MonkeyPat
     assert any("lines were dropped" in line for line in lines)
     assert all(json.loads(line) for line in lines)
     assert json.loads(lines[-1])["event"] == "last" or "dropped" in lines[-1]
+
+
+def fill(pipe: int) -> None:
+    os.set_blocking(pipe, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(pipe, b'{"event": "before"}\n')
+    os.set_blocking(pipe, True)
 
 
 def test_a_reader_that_is_gone_is_no_trouble() -> None:

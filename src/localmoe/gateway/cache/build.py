@@ -6,7 +6,6 @@ from localmoe.gateway.cache.config import CacheConfig
 from localmoe.gateway.cache.disk import DiskLevel
 from localmoe.gateway.cache.levels import Cache, SlowLevel
 from localmoe.gateway.cache.memory import MemoryLevel
-from localmoe.gateway.cache.redis import RedisLevel
 
 
 def make_cache(config: CacheConfig, *, directory: Path) -> Cache:
@@ -18,6 +17,8 @@ def make_cache(config: CacheConfig, *, directory: Path) -> Cache:
     max_entry_bytes = config.max_entry_bytes
     slow_levels: list[SlowLevel] = []
     if config.redis_url is not None:
+        from localmoe.gateway.cache.redis import RedisLevel  # its library is slow to load
+
         slow_levels.append(
             RedisLevel(
                 config.redis_url,
