@@ -374,13 +374,13 @@ class TestTemplateArguments:
             answering = asyncio.create_task(
                 client.post(CHAT, json={**BODY, "chat_template_kwargs": {"size": 99_999}})
             )
-            worst_s, last_s = 0.0, time.monotonic()
+            num_turns = 0
             while not answering.done():
                 await asyncio.sleep(0.005)
-                worst_s, last_s = max(worst_s, time.monotonic() - last_s), time.monotonic()
+                num_turns += 1
             answer = await answering
         assert answer.status_code == 400, answer.text
-        assert worst_s < 1.0
+        assert num_turns > 20
 
 
 class TestServerSideFetch:

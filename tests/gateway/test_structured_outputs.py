@@ -232,14 +232,14 @@ async def test_a_hostile_grammar_is_refused_at_once(checker: GrammarChecker, nam
 async def test_what_a_grammar_costs_its_process_costs_nobody_else() -> None:
     """While one is checked that takes long, the event loop goes on."""
     checker = GrammarChecker()
-    worst_s, last_s = 0.0, time.monotonic()
+    num_turns = 0
     check = asyncio.create_task(checker.check(HOSTILE["terminals that double"], param="x"))
     while not check.done():
         await asyncio.sleep(0.001)
-        worst_s, last_s = max(worst_s, time.monotonic() - last_s), time.monotonic()
+        num_turns += 1
     with pytest.raises(InvalidRequestError, match="too much"):
         await check
-    assert worst_s < 0.3
+    assert num_turns > 20
 
 
 async def test_what_was_found_out_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +259,7 @@ async def test_a_grammar_for_which_there_was_no_time_is_not_remembered(monkeypat
     for no_answer in (b"null", None):
         with monkeypatch.context() as patched:
             patched.setattr(SandboxProcess, "ask", lambda *_, said=no_answer: said)
-            with pytest.raises(InvalidRequestError, match="too much"):
+            with pytest.raises(OverloadedError, match="no time"):
                 await checker.check(grammar, param="a")
     await checker.check(grammar, param="a")
 

@@ -79,6 +79,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    gc.disable()  # until all is loaded: what libraries make stays, and looking at it takes a tenth of the start
     launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
     lifeline = threading.Thread(target=_exit_with_parent, daemon=True)
     lifeline.start()
@@ -109,8 +110,8 @@ def main() -> None:
             logger.exception("the engine could not start")
         say(StartFailed(message=str(error) or type(error).__name__))
         lifeline.join()  # the client ends us once it has read why
-    # What has been loaded stays, so the collector need not look at it again and again.
     gc.freeze()
+    gc.enable()
     say(Ready())
     serve(engine, socket)
 

@@ -18,8 +18,8 @@ from localmoe.gateway.answering.generation import ChoiceDelta, UsageCounter, str
 from localmoe.gateway.answering.hints import DispatchHints, dispatch_hints
 from localmoe.gateway.answering.streaming import DONE, Begun, encode_event, respond
 from localmoe.gateway.context import GatewayContext, ServedModel
+from localmoe.gateway.exchange import current_principal
 from localmoe.gateway.fields import MAX_TOKENS, SamplingFields, Text, UsageCounts
-from localmoe.gateway.identity.principal import principal_of
 from localmoe.gateway.jobs.config import JobsConfig
 from localmoe.gateway.jobs.services import JobServices
 from localmoe.gateway.openapi import ERROR_RESPONSES, documented
@@ -199,7 +199,7 @@ async def _accept(body: InferenceRequest, request: Request, jobs: JobServices, c
     job = Job(
         id=f"job_{uuid.uuid4().hex}",
         kind=JobKind.INFERENCE,
-        owner=principal_of(request),
+        owner=current_principal(),
         endpoint=PATH,
         state=JobState.IN_PROGRESS,
         created_at=now_s,

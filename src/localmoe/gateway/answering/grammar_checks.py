@@ -14,7 +14,6 @@ import msgspec
 
 from localmoe.core.errors import InvalidRequestError, OverloadedError
 from localmoe.core.request import Grammar
-from localmoe.text.grammar_trial import TOO_MUCH
 from localmoe.text.sandbox_process import SandboxProcess
 
 _NUM_PROCESSES = 2
@@ -53,7 +52,7 @@ class GrammarChecker:
 
         Raises:
             InvalidRequestError: it cannot be compiled, or not with what a grammar may take.
-            OverloadedError: too many wait to be checked, or there is no process to do it.
+            OverloadedError: too many wait to be checked, or there was no time or no process to do it.
         """
         key = hashlib.sha256(msgspec.json.encode(grammar)).digest()
         finding = self._findings.get(key)
@@ -63,8 +62,10 @@ class GrammarChecker:
             self._findings.move_to_end(key)
         # A client that goes must not take the answer from others.
         complaint = await asyncio.shield(finding)
-        if complaint != "":
-            raise InvalidRequestError(f"{param}: {complaint or TOO_MUCH}", param=param)
+        if complaint is None:
+            raise OverloadedError(f"{param}: there was no time to check this grammar; try again later")
+        if complaint:
+            raise InvalidRequestError(f"{param}: {complaint}", param=param)
 
     def _find_out(self, key: bytes, grammar: Grammar) -> "asyncio.Future[str | None]":
         if self._num_waiting >= _MAX_WAITING:

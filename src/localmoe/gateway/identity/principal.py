@@ -1,24 +1,18 @@
-"""The principal of a request: middleware puts it into the ASGI scope, and routes read it."""
+"""The principal of a request of our own, in somebody's name, as those of jobs are: it is in the ASGI scope, where no
+client can put anything."""
 
-from starlette.requests import Request
 from starlette.types import Scope
 
-from localmoe.core.identity import ANYBODY, Principal
+from localmoe.core.identity import Principal
 
 _KEY = "localmoe.principal"
 
 
 def set_principal(scope: Scope, principal: Principal) -> None:
-    """Whoever established it says so."""
+    """Nobody is asked who this request's is."""
     scope[_KEY] = principal
 
 
 def known_principal(scope: Scope) -> Principal | None:
-    """Who asks, if that was said already."""
+    """Whose it is, if it is one of our own."""
     return scope.get(_KEY)
-
-
-def principal_of(request: Request) -> Principal:
-    """Who asks; anybody where nobody was asked."""
-    principal: Principal = request.scope.get(_KEY, ANYBODY)
-    return principal

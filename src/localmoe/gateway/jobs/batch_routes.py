@@ -4,13 +4,13 @@ import time
 import uuid
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 
 from localmoe.core.errors import InvalidRequestError, NotFoundError
 from localmoe.core.jobs import ENDED, Job, JobKind, JobState, JobStore
+from localmoe.gateway.exchange import current_principal
 from localmoe.gateway.fields import ApiModel, Metadata
-from localmoe.gateway.identity.principal import principal_of
 from localmoe.gateway.jobs.config import JobsConfig
 from localmoe.gateway.jobs.file_routes import find_file
 from localmoe.gateway.jobs.owners import ID_PATTERN, MAX_ID_CHARS, could_be_id, visible_owner
@@ -114,8 +114,8 @@ def router(jobs: JobServices, config: JobsConfig) -> APIRouter:
     routes = APIRouter(tags=["batches"], responses=ERROR_RESPONSES)
 
     @routes.post("/v1/batches", summary="Have a file of requests answered")
-    async def create_batch(body: BatchRequest, request: Request) -> Batch:
-        file = await find_file(folder, body.input_file_id, request, param="input_file_id")
+    async def create_batch(body: BatchRequest) -> Batch:
+        file = await find_file(folder, body.input_file_id, param="input_file_id")
         if file.purpose != "batch":
             raise InvalidRequestError(
                 f"input_file_id: the purpose of file {file.id} is {file.purpose!r}; it must be 'batch'",
@@ -126,7 +126,7 @@ def router(jobs: JobServices, config: JobsConfig) -> APIRouter:
         job = Job(
             id=f"batch_{uuid.uuid4().hex}",
             kind=JobKind.BATCH,
-            owner=principal_of(request),
+            owner=current_principal(),
             endpoint=body.endpoint,
             state=JobState.VALIDATING,
             created_at=now_s,
@@ -143,11 +143,10 @@ def router(jobs: JobServices, config: JobsConfig) -> APIRouter:
 
     @routes.get("/v1/batches", summary="List batches")
     async def list_batches(
-        request: Request,
         after: _After = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
     ) -> BatchList:
-        owner_id = visible_owner(request)
+        owner_id = visible_owner()
         found = await store.page(kind=JobKind.BATCH, owner_id=owner_id, after=after, limit=limit + 1)
         shown = [_shown(job) for job in found[:limit]]
         return BatchList(
@@ -158,23 +157,23 @@ def router(jobs: JobServices, config: JobsConfig) -> APIRouter:
         )
 
     @routes.get("/v1/batches/{batch_id}", summary="Describe a batch")
-    async def get_batch(batch_id: str, request: Request) -> Batch:
-        return _shown(await _find(store, batch_id, request))
+    async def get_batch(batch_id: str) -> Batch:
+        return _shown(await _find(store, batch_id))
 
     @routes.post("/v1/batches/{batch_id}/cancel", summary="End a batch early")
-    async def cancel_batch(batch_id: str, request: Request) -> Batch:
-        job = await _find(store, batch_id, request)
+    async def cancel_batch(batch_id: str) -> Batch:
+        job = await _find(store, batch_id)
         if job.state in ENDED:
             raise InvalidRequestError(f"batch {job.id} has ended already: it is {job.state}", param="batch_id")
         await store.cancel(job.id)
         runner.cancelled(job.id)
-        return _shown(await _find(store, batch_id, request))
+        return _shown(await _find(store, batch_id))
 
     return routes
 
 
-async def _find(store: JobStore, batch_id: str, request: Request) -> Job:
-    owner_id = visible_owner(request)
+async def _find(store: JobStore, batch_id: str) -> Job:
+    owner_id = visible_owner()
     job = await store.get(batch_id, kind=JobKind.BATCH, owner_id=owner_id) if could_be_id(batch_id) else None
     if job is None:
         raise NotFoundError(f"there is no batch {batch_id[:100]!r}", param="batch_id")

@@ -12,8 +12,7 @@ from starlette.responses import FileResponse, Response
 from localmoe.core.errors import InvalidRequestError, NotFoundError, QuotaExceededError, RequestTooLargeError
 from localmoe.core.jobs import FileQuery, FileRecord
 from localmoe.gateway.errors import ApiError
-from localmoe.gateway.exchange import CLIENT_LEFT
-from localmoe.gateway.identity.principal import principal_of
+from localmoe.gateway.exchange import CLIENT_LEFT, current_principal
 from localmoe.gateway.jobs.config import JobsConfig
 from localmoe.gateway.jobs.folder import FileFolder, new_file_id
 from localmoe.gateway.jobs.owners import ID_PATTERN, MAX_ID_CHARS, could_be_id, visible_owner
@@ -98,7 +97,6 @@ def router(folder: FileFolder, config: JobsConfig) -> APIRouter:
 
     @routes.get("/v1/files", summary="List files")
     async def list_files(
-        request: Request,
         purpose: Annotated[str | None, Query(max_length=32, pattern=ID_PATTERN)] = None,
         after: _After = None,
         limit: Annotated[int, Query(ge=1, le=_MAX_LISTED)] = _MAX_LISTED,
@@ -106,7 +104,7 @@ def router(folder: FileFolder, config: JobsConfig) -> APIRouter:
     ) -> FileList:
         page_size = min(limit, _MAX_PAGE)
         query = FileQuery(
-            owner_id=visible_owner(request),
+            owner_id=visible_owner(),
             purpose=purpose,
             after=after,
             limit=page_size + 1,
@@ -122,8 +120,8 @@ def router(folder: FileFolder, config: JobsConfig) -> APIRouter:
         )
 
     @routes.get("/v1/files/{file_id}", summary="Describe a file")
-    async def get_file(file_id: str, request: Request) -> FileObject:
-        return _shown(await find_file(folder, file_id, request))
+    async def get_file(file_id: str) -> FileObject:
+        return _shown(await find_file(folder, file_id))
 
     @routes.get(
         "/v1/files/{file_id}/content",
@@ -131,8 +129,8 @@ def router(folder: FileFolder, config: JobsConfig) -> APIRouter:
         response_class=Response,
         responses={200: {"content": {"application/octet-stream": {}}, "description": "Its contents."}},
     )
-    async def get_file_content(file_id: str, request: Request) -> Response:
-        record = await find_file(folder, file_id, request)
+    async def get_file_content(file_id: str) -> Response:
+        record = await find_file(folder, file_id)
         path = folder.path(record.id)
         if not await asyncio.to_thread(path.is_file):
             raise NotFoundError(
@@ -141,21 +139,21 @@ def router(folder: FileFolder, config: JobsConfig) -> APIRouter:
         return FileResponse(path, media_type="application/octet-stream", filename=record.filename)
 
     @routes.delete("/v1/files/{file_id}", summary="Delete a file")
-    async def delete_file(file_id: str, request: Request) -> FileDeleted:
-        record = await find_file(folder, file_id, request)
+    async def delete_file(file_id: str) -> FileDeleted:
+        record = await find_file(folder, file_id)
         await folder.delete(record.id)
         return FileDeleted(id=record.id)
 
     return routes
 
 
-async def find_file(folder: FileFolder, file_id: str, request: Request, *, param: str = "file_id") -> FileRecord:
+async def find_file(folder: FileFolder, file_id: str, *, param: str = "file_id") -> FileRecord:
     """A file that whoever asks may see.
 
     Raises:
         NotFoundError: there is none.
     """
-    owner_id = visible_owner(request)
+    owner_id = visible_owner()
     record = await folder.store.get(file_id, owner_id=owner_id) if could_be_id(file_id) else None
     if record is None:
         raise NotFoundError(f"there is no file {file_id[:100]!r}", param=param)
@@ -177,7 +175,7 @@ async def _check_declared(request: Request, folder: FileFolder, owner_id: str, m
 
 async def _upload(request: Request, folder: FileFolder, config: JobsConfig) -> FileObject | Response:
     """Keep what a form brings; nothing of it is kept if that cannot be done whole."""
-    owner_id = principal_of(request).id
+    owner_id = current_principal().id
     await _check_declared(request, folder, owner_id, config.max_file_bytes)
     file_id = new_file_id()
     try:

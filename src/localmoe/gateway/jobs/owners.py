@@ -2,10 +2,8 @@
 
 import re
 
-from starlette.requests import Request
-
 from localmoe.core.identity import Role
-from localmoe.gateway.identity.principal import principal_of
+from localmoe.gateway.exchange import current_principal
 
 MAX_ID_CHARS = 64
 ID_PATTERN = r"^[!-~]+$"
@@ -18,8 +16,8 @@ def could_be_id(text: str) -> bool:
     return len(text) <= MAX_ID_CHARS and _ID.fullmatch(text) is not None
 
 
-def visible_owner(request: Request) -> str | None:
+def visible_owner() -> str | None:
     """The owner whose files, jobs and batches whoever asks may see: themselves; None for administrators:
     everybody."""
-    principal = principal_of(request)
+    principal = current_principal()
     return None if principal.role >= Role.ADMIN else principal.id

@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from pydantic import BaseModel
 from starlette.responses import Response
 
@@ -63,28 +63,28 @@ def router(jobs: JobServices) -> APIRouter:
         summary="Describe a job, and its result once it has ended",
         response_model=JobObject,
     )
-    async def get_job(job_id: str, request: Request) -> Response:
-        return await _shown(store, await _find(store, job_id, request))
+    async def get_job(job_id: str) -> Response:
+        return await _shown(store, await _find(store, job_id))
 
     @routes.delete(
         "/v1/jobs/{job_id}",
         summary="Cancel a job; delete one that has ended",
         response_model=JobObject | JobDeleted,
     )
-    async def delete_job(job_id: str, request: Request) -> Response | JobDeleted:
-        job = await _find(store, job_id, request)
+    async def delete_job(job_id: str) -> Response | JobDeleted:
+        job = await _find(store, job_id)
         if job.state in ENDED:
             await store.delete(job.id)
             return JobDeleted(id=job.id)
         await store.cancel(job.id)
         runner.cancelled(job.id)
-        return await _shown(store, await _find(store, job_id, request))
+        return await _shown(store, await _find(store, job_id))
 
     return routes
 
 
-async def _find(store: JobStore, job_id: str, request: Request) -> Job:
-    owner_id = visible_owner(request)
+async def _find(store: JobStore, job_id: str) -> Job:
+    owner_id = visible_owner()
     job = await store.get(job_id, kind=JobKind.INFERENCE, owner_id=owner_id) if could_be_id(job_id) else None
     if job is None:
         raise NotFoundError(f"there is no job {job_id[:100]!r}", param="job_id")

@@ -9,7 +9,7 @@ from localmoe.gateway.errors import ApiError, to_api_error
 from localmoe.gateway.exchange import current_exchange
 from localmoe.gateway.identity.access import OTHER, Rule
 from localmoe.gateway.identity.authenticator import Identity
-from localmoe.gateway.identity.principal import known_principal, set_principal
+from localmoe.gateway.identity.principal import known_principal
 
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 32 * 2**10
@@ -64,7 +64,6 @@ class SecurityMiddleware:
         except LocalMoEError as error:
             await to_api_error(error).response()(scope, receive, send_secured)
             return
-        set_principal(scope, exchange.principal)
         await self._app(scope, receive, send_secured)
 
 

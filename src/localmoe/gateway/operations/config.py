@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Header, Path, Query, Response
 from pydantic import BaseModel, Field
 
 from localmoe.core.configuration import ConfigOutcome, ConfigState, ConfigVersion, Setting
 from localmoe.core.identity import Principal
 from localmoe.core.protocols import ConfigOperations
+from localmoe.gateway.exchange import current_principal
 from localmoe.gateway.fields import UNICODE, ApiModel
-from localmoe.gateway.identity.principal import principal_of
 from localmoe.gateway.openapi import ERROR_RESPONSES
 
 MAX_REASON_CHARS = 500
@@ -73,16 +73,16 @@ def router(operations: ConfigOperations) -> APIRouter:
         return ConfigVersionList(data=await operations.versions(limit))
 
     @routes.post("/v1/config/reload", responses=ERROR_RESPONSES, summary="Read the configuration files again")
-    async def reload(request: Request, body: ReloadRequest | None = None) -> ConfigOutcome:
+    async def reload(body: ReloadRequest | None = None) -> ConfigOutcome:
         """What differs is applied; engines and models that it does not concern serve on. Where it cannot be, as it is
         wrong or a model cannot be loaded, all stays as it was."""
         reason = body.reason if body else ""
-        return await operations.reload(author=_author(request), reason=reason)
+        return await operations.reload(author=_author(), reason=reason)
 
     @routes.post("/v1/config/rollback", responses=ERROR_RESPONSES, summary="Go back to an earlier version")
-    async def rollback(request: Request, body: RollbackRequest) -> ConfigOutcome:
+    async def rollback(body: RollbackRequest) -> ConfigOutcome:
         """The configuration files become what they were, byte for byte, and are applied."""
-        return await operations.rollback(body.version, author=_author(request), reason=body.reason)
+        return await operations.rollback(body.version, author=_author(), reason=body.reason)
 
     @routes.get("/v1/config/{key}", responses=ERROR_RESPONSES, summary="One setting, or a block of them")
     async def setting(key: Key, response: Response) -> Setting:
@@ -95,7 +95,6 @@ def router(operations: ConfigOperations) -> APIRouter:
     async def change(
         key: Key,
         body: ChangeRequest,
-        request: Request,
         response: Response,
         if_match: Annotated[
             str | None, Header(max_length=200, description="An `ETag`: 412 if the setting has another one by now.")
@@ -104,7 +103,7 @@ def router(operations: ConfigOperations) -> APIRouter:
         """In the configuration file, whose comments stay, and in the server. Where it cannot be applied, both stay as
         they were. The header `ETag` is the setting's new version."""
         outcome, made = await operations.set(
-            key, body.value, if_match=if_match, author=_author(request), reason=body.reason
+            key, body.value, if_match=if_match, author=_author(), reason=body.reason
         )
         response.headers["etag"] = made.etag
         return outcome
@@ -112,6 +111,6 @@ def router(operations: ConfigOperations) -> APIRouter:
     return routes
 
 
-def _author(request: Request) -> str:
-    principal: Principal = principal_of(request)
+def _author() -> str:
+    principal: Principal = current_principal()
     return principal.name if principal.name == principal.id else f"{principal.name} ({principal.id})"

@@ -21,7 +21,7 @@ from localmoe.gateway.answering.sampling import check_num_logprobs
 from localmoe.gateway.answering.streaming import Begun, collect, encode_tagged, respond
 from localmoe.gateway.context import GatewayContext, ServedModel
 from localmoe.gateway.errors import ApiError, to_api_error
-from localmoe.gateway.identity.principal import principal_of
+from localmoe.gateway.exchange import current_principal
 from localmoe.gateway.openai.logprobs import chat_logprobs
 from localmoe.gateway.openapi import ERROR_RESPONSES, documented
 from localmoe.gateway.responses.answer import ResponseAnswer, no_scores, set_failed
@@ -56,10 +56,10 @@ def router(context: GatewayContext, store: ResponseStore) -> APIRouter:
 
     routes = APIRouter(tags=["responses"], lifespan=lifespan)
 
-    def keeper_of(request: Request) -> ResponseKeeper:
+    def my_keeper() -> ResponseKeeper:
         return ResponseKeeper(
             store,
-            principal_of(request).id,
+            current_principal().id,
             limit_s=context.config.background_timeout_s,
             max_conversation_bytes=context.config.max_body_bytes,
         )
@@ -74,14 +74,14 @@ def router(context: GatewayContext, store: ResponseStore) -> APIRouter:
         body: ResponseRequest, request: Request, hints: Annotated[DispatchHints, Depends(dispatch_hints)]
     ) -> Response:
         model = context.model(body.model)  # or a refusal, before anything is made of the request
-        keeper = keeper_of(request)
+        keeper = my_keeper()
         creation = _Creation(body, context, hints, keeper, await keeper.conversation(body.previous_response_id))
         models = context.candidates(body.model)
         headers = body.ignored_headers(FIELD_NAMES[name] for name in creation.conversation.ignored(model))
         if body.background:
             with background.room(context.config.max_background_responses):
                 queued = await creation.queue()
-                background.start(principal_of(request).id, queued.id, creation.make(models))
+                background.start(current_principal().id, queued.id, creation.make(models))
             return _json(queued, headers)
         return await respond(
             creation.begin,
@@ -101,14 +101,13 @@ def router(context: GatewayContext, store: ResponseStore) -> APIRouter:
     )
     async def get_response(
         response_id: str,
-        request: Request,
         include: Annotated[list[Includable] | None, Query(alias="include[]")] = None,
         stream: bool = False,
     ) -> Response:
         """`include` has no effect: all that there is to show is shown."""
         if stream:
             raise UnsupportedFieldError("not supported for what was made before; leave it out", param="stream")
-        stored = await keeper_of(request).get(response_id)
+        stored = await my_keeper().get(response_id)
         return _json(stored.response)
 
     @routes.delete(
@@ -117,9 +116,9 @@ def router(context: GatewayContext, store: ResponseStore) -> APIRouter:
         responses={200: documented(ResponseDeleted), **ERROR_RESPONSES},
         summary="Keep a response no more",
     )
-    async def delete_response(response_id: str, request: Request) -> Response:
-        await background.cancel(principal_of(request).id, response_id)
-        await keeper_of(request).delete(response_id)
+    async def delete_response(response_id: str) -> Response:
+        await background.cancel(current_principal().id, response_id)
+        await my_keeper().delete(response_id)
         return _json(ResponseDeleted(id=response_id))
 
     @routes.post(
@@ -128,9 +127,9 @@ def router(context: GatewayContext, store: ResponseStore) -> APIRouter:
         responses={200: documented(ResponseObject), **ERROR_RESPONSES},
         summary="End a response that is made in the background",
     )
-    async def cancel_response(response_id: str, request: Request) -> Response:
-        owner_id = principal_of(request).id
-        return _json(await _cancelled(keeper_of(request), background, owner_id, response_id))
+    async def cancel_response(response_id: str) -> Response:
+        owner_id = current_principal().id
+        return _json(await _cancelled(my_keeper(), background, owner_id, response_id))
 
     @routes.get(
         "/v1/responses/{response_id}/input_items",
@@ -140,14 +139,13 @@ def router(context: GatewayContext, store: ResponseStore) -> APIRouter:
     )
     async def list_input_items(
         response_id: str,
-        request: Request,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
         after: Annotated[str | None, Query(max_length=256, description="The id of an item.")] = None,
         include: Annotated[list[Includable] | None, Query(alias="include[]")] = None,
     ) -> Response:
         """Its own items, not those of the responses before it. `include` has no effect."""
-        stored = await keeper_of(request).get(response_id)
+        stored = await my_keeper().get(response_id)
         return _json(_page(stored.input, limit=limit, order=order, after=after))
 
     return routes
