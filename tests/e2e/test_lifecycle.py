@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.server import check_gone, engine_pid, running_server
+from support.server import check_gone, engine_pid, engine_pids, running_server
 
 
 def serve(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -29,6 +29,23 @@ def test_the_engine_never_outlives_the_gateway(tiny_home: Path, end_signal: sign
     with running_server(tiny_home, "distinct-experts", "f32") as (_, pid):
         engine = engine_pid(pid)
         os.kill(pid, end_signal)
+        check_gone(engine)
+
+
+@pytest.mark.parametrize("said", ["loading", "listening"])
+def test_a_server_that_is_told_to_stop_while_it_starts_ends_quietly(tiny_home: Path, said: str) -> None:
+    command = [sys.executable, "-m", "localmoe", "serve", "distinct-experts", "--weights", "f32", "--port", "0"]
+    environment = {**os.environ, "LOCALMOE_HOME": str(tiny_home)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stderr is not None
+        while f"localmoe: {said} " not in (line := server.stderr.readline()):
+            assert line, "it ended before"
+        engines = engine_pids(server.pid)
+        server.send_signal(signal.SIGTERM)
+        rest = server.stderr.read()
+        assert server.wait(30) == 0
+    assert "Traceback" not in rest
+    for engine in engines:
         check_gone(engine)
 
 

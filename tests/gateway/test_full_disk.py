@@ -45,7 +45,9 @@ def fill(disk: Path) -> Path:
     return filler
 
 
-async def test_state_on_a_full_disk(text_model: TextModel, small_disk: Path) -> None:
+async def test_state_on_a_full_disk(
+    text_model: TextModel, small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     ask = {"model": "tiny", "text": "hi", "mode": "async"}
     form = {"files": {"file": ("a", b"x" * 20_000)}, "data": {"purpose": "batch"}}
     backend = ScriptedBackend(encode(text_model, "hello"), delay_s=0.2)
@@ -74,6 +76,8 @@ async def test_state_on_a_full_disk(text_model: TextModel, small_disk: Path) -> 
                     await asyncio.sleep(0.05)
         assert (await client.post("/v1/inference", json=ask)).status_code == 202
         assert [path.name for path in (small_disk / "files").iterdir()] == [kept["id"]]
+    complaints = [message for message in caplog.messages if message.startswith("jobs wait")]
+    assert len(complaints) == len(set(complaints)) > 0  # though four items try again and again
     database = sqlite3.connect(small_disk / "state.db")
     assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     database.close()

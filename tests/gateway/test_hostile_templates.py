@@ -48,4 +48,4 @@ async def test_it_is_refused_and_others_are_answered(app: FastAPI, path: str, bo
         refused = [task.result() for task in hostile]
     assert [answer.status_code for answer in refused] == [400] * 3
     assert "it takes too much time or memory" in refused[0].text
-    assert num_answered > 10  # each of the others takes longer than that many answers
+    assert num_answered > 10  # while the others wait, which takes a second or two

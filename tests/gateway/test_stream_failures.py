@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -138,10 +139,10 @@ async def test_after_a_comment_a_failure_is_an_event(serve) -> None:
 class Client:
     """One raw ASGI request whose client leaves when told to."""
 
-    def __init__(self, app: Any, body: dict[str, Any], url: str = CHAT) -> None:
+    def __init__(self, app: Any, body: dict[str, Any], url: str = CHAT, *, padding: bytes = b"") -> None:
         self.sent: list[dict[str, Any]] = []
         self.left = asyncio.Event()
-        self._body = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+        self._body = [{"type": "http.request", "body": json.dumps(body).encode() + padding, "more_body": False}]
         scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -232,3 +233,23 @@ async def test_cleaning_up_may_wait(text_model: TextModel) -> None:
         client.left.set()
         await client.task
     assert len(told) == 2
+
+
+async def test_a_stream_does_not_keep_what_was_asked(text_model: TextModel) -> None:
+    backend = ScriptedBackend([60] * 200, delay_s=0.01)
+    await backend.start()
+    app, padding = scripted_app(text_model, backend), b" " * 2_000_000
+    first = Client(app, {**BODY, "stream": True})
+    async with asyncio.timeout(20):
+        await until(lambda: len(first.sent) >= 3)  # what is made once has been
+        tracemalloc.start()
+        try:
+            second = Client(app, {**BODY, "stream": True}, padding=padding)
+            await until(lambda: len(second.sent) >= 3)
+            num_bytes, most_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        for client in (first, second):
+            client.left.set()
+            await client.task
+    assert num_bytes < len(padding) / 2 < most_bytes

@@ -37,6 +37,7 @@ class Gateway:
 
     Args:
         loaded: settings of the server.
+        engines: of the same.
     """
 
     def __init__(self, loaded: LoadedSettings, engines: ServerEngines) -> None:
@@ -76,6 +77,8 @@ class Gateway:
             closing.push_async_callback(self._state.stop)
             if self._watches:
                 await closing.enter_async_context(_watching(self._manager))
+            if starting.done():
+                await starting  # nobody need come if it has failed
             url, serving = await closing.enter_async_context(_listening(app, listener))
             await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
             if not serving.done():
@@ -88,9 +91,10 @@ class Gateway:
 
     async def close(self) -> None:
         """Write down what has not been yet, and close the database."""
-        if self._doors is not None:
-            await self._doors.aclose()
-        await self._state.close()
+        async with contextlib.AsyncExitStack() as closing:
+            closing.push_async_callback(self._state.close)
+            if self._doors is not None:
+                await self._doors.aclose()
 
     def _app(self, doors: Doors) -> FastAPI:
         engines, state = self._engines, self._state

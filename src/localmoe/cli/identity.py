@@ -29,8 +29,8 @@ def refuse_if_nobody_could_enter(settings: Settings) -> None:
     Raises:
         ConfigError: everybody would be asked who they are, and nobody could answer.
     """
-    if _asks_always(settings) and not settings.gateway.identity.tokens.are_taken:
-        _asks_everybody_now(settings)
+    if _asks_without_keys(settings) and not settings.gateway.identity.tokens.are_taken:
+        _asks_before_start(settings)
 
 
 def with_identity_decided(settings: Settings) -> Settings:
@@ -39,11 +39,11 @@ def with_identity_decided(settings: Settings) -> Settings:
     Raises:
         ConfigError: as `asks_everybody`.
     """
-    identity = replace(settings.gateway.identity, mode="required" if _asks_everybody_now(settings) else "open")
+    identity = replace(settings.gateway.identity, mode="required" if _asks_before_start(settings) else "open")
     return settings.model_copy(update={"gateway": replace(settings.gateway, identity=identity)})
 
 
-def _asks_everybody_now(settings: Settings) -> bool:
+def _asks_before_start(settings: Settings) -> bool:
     async def ask() -> bool:
         async with open_keys(settings) as keys:
             return await asks_everybody(settings, keys)
@@ -66,7 +66,7 @@ async def asks_everybody(settings: Settings, keys: KeyStore) -> bool:
         has_keys = any(record.is_valid(now_s) for record in await keys.all())
     except StorageError:
         return True  # there may be some, and they can be read later
-    if _asks_always(settings) and not has_keys:
+    if _asks_without_keys(settings) and not has_keys:
         raise ConfigError(
             f"whoever uses the server at {settings.host} has to show a key, and there is none: make one with "
             "`localmoe keys create NAME --role admin`, or set gateway.identity.mode to open, if everybody who can "
@@ -75,7 +75,7 @@ async def asks_everybody(settings: Settings, keys: KeyStore) -> bool:
     return has_keys
 
 
-def _asks_always(settings: Settings) -> bool:
+def _asks_without_keys(settings: Settings) -> bool:
     """Whether it asks also where nobody has a key."""
     mode = settings.gateway.identity.mode
     return mode == "required" or (mode != "open" and not is_loopback(settings.host))

@@ -1,9 +1,11 @@
 """`localmoe serve`: what is to be served, from the command line and the settings; `serving` does it."""
 
+import asyncio
 import errno
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +21,7 @@ from localmoe.cli.terminal import say
 from localmoe.config.profiles import Profile
 from localmoe.config.settings import ConfigSource, Settings, read_settings
 from localmoe.core.errors import ConfigError
+from localmoe.core.imports import lasting_imports
 from localmoe.core.model import WeightFormat
 from localmoe.core.serving import EngineSpec, ModelSpec
 
@@ -143,11 +146,13 @@ def serve(
             provide(catalog, spec)
         for finding in find_findings(settings.model_copy(update={"models": tuple(specs)})):
             say(str(finding))
-        import uvloop
+        with lasting_imports():
+            import uvloop
 
-        from localmoe.cli.serving import serve_here
+            from localmoe.cli.serving import serve_here
 
-        uvloop.run(serve_here(loaded, catalog, specs_of, threads, listener))
+        with suppress(asyncio.CancelledError):  # told to stop before it served
+            uvloop.run(serve_here(loaded, catalog, specs_of, threads, listener))
 
 
 def _serve_on_ray(settings: Settings, specs: Sequence[ModelSpec], threads: int | None) -> None:

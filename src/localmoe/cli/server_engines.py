@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 
 from localmoe.catalog.catalog import Catalog
 from localmoe.cli.answer_cache import make_answer_cache
@@ -26,6 +27,9 @@ _SWITCH_DRAIN_S = 600.0
 class ServerEngines:
     """What answers, without the gateway before it.
 
+    `fleet` has the models, and `builder` makes more of them. What they tell on the `bus` is counted in `metrics` and
+    `performance`; what they take, `meter` knows.
+
     Args:
         settings: of the server.
         catalog: where models are.
@@ -45,6 +49,7 @@ class ServerEngines:
         threads: int | None,
     ) -> None:
         self.began_s = time.monotonic()
+        """When loading began."""
         self.bus, self.meter, self.specs_of = EventBus(), HardwareMeter(), specs_of
         self.metrics, self.performance = Metrics(self.bus), Performance(self.bus)
         self._cache = make_answer_cache(settings.gateway.cache, home=settings.home)
@@ -84,9 +89,10 @@ class ServerEngines:
 
     async def stop(self) -> None:
         """End them all, and let go of what they answered."""
-        await self.fleet.stop()
-        self.meter.stop()
-        await self._cache.stop()
+        async with AsyncExitStack() as closing:
+            closing.push_async_callback(self._cache.stop)
+            closing.callback(self.meter.stop)
+            await self.fleet.stop()
 
 
 def _described(spec: ModelSpec) -> str:

@@ -5,15 +5,17 @@ engines are told to start first, and the gateway is imported meanwhile.
 """
 
 import asyncio
-import gc
+import signal
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from localmoe.catalog.catalog import Catalog
 from localmoe.cli.server_engines import ServerEngines
 from localmoe.cli.terminal import say
 from localmoe.config.settings import LoadedSettings, Settings
+from localmoe.core.imports import lasting_imports
 from localmoe.core.serving import ModelSpec
 
 if TYPE_CHECKING:
@@ -37,26 +39,35 @@ async def serve_here(
     Raises:
         ConfigError: the address cannot be listened on, or nobody could show who they are.
         EngineStartError: no engine of a model could be started.
+        CancelledError: a signal said stop before there was a gateway.
     """
-    gc.disable()  # what is imported stays, and looking at it takes a tenth of the start
-    engines, gateway = ServerEngines(loaded.settings, catalog, specs_of, threads), None
+    _stop_when_told()
+    engines = ServerEngines(loaded.settings, catalog, specs_of, threads)
     say(f"localmoe: loading {engines.described}")
-    starting = asyncio.create_task(engines.start())
-    try:
+    # What is open when engines end is ended by that, and may still be written down: the gateway is closed last.
+    async with AsyncExitStack() as outliving, AsyncExitStack() as closing:
+        closing.push_async_callback(engines.stop)
+        starting = asyncio.create_task(engines.start())
+        closing.push_async_callback(_cancel, starting)
         gateway = (await asyncio.to_thread(_gateway_class))(loaded, engines)
-        gc.freeze()
-        gc.enable()
+        outliving.push_async_callback(gateway.close)
         await gateway.serve(starting, listener)
-    finally:
-        # What is open by now is ended by its engine's end, and may still be written down.
-        starting.cancel()
-        await asyncio.gather(starting, return_exceptions=True)
-        await engines.stop()
-        if gateway is not None:
-            await gateway.close()
+
+
+def _stop_when_told() -> None:
+    """By signals, until the gateway takes them."""
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
 
 
 def _gateway_class() -> "type[Gateway]":
-    from localmoe.cli.gateway import Gateway
-
+    with lasting_imports():
+        from localmoe.cli.gateway import Gateway
     return Gateway
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

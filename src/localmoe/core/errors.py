@@ -132,6 +132,10 @@ class OverloadedError(BackendUnavailableError):
     """The queue is full, or too long for the answer to be complete in time."""
 
 
+class GatewayOverloadedError(OverloadedError):
+    """The gateway itself has no time, whichever model is asked."""
+
+
 class DeadlineExceededError(BackendUnavailableError):
     """The answer was not complete in time."""
 

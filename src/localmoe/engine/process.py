@@ -19,6 +19,7 @@ import msgspec
 import zmq
 
 from localmoe.core.errors import LocalMoEError, OverloadedError
+from localmoe.core.imports import lasting_imports
 from localmoe.core.messages import (
     Cancel,
     FromWorker,
@@ -79,7 +80,6 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    gc.disable()  # until all is loaded: what libraries make stays, and looking at it takes a tenth of the start
     launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
     lifeline = threading.Thread(target=_exit_with_parent, daemon=True)
     lifeline.start()
@@ -95,7 +95,8 @@ def main() -> None:
         socket.send(msgspec.msgpack.encode(message))
 
     try:
-        from localmoe.engine.load import load_engine, warm_up
+        with lasting_imports():
+            from localmoe.engine.load import load_engine, warm_up
 
         # What the libraries took is gone, too: it was there when the client looked.
         available_bytes = launch.available_memory_bytes - process_memory_bytes()
@@ -110,8 +111,8 @@ def main() -> None:
             logger.exception("the engine could not start")
         say(StartFailed(message=str(error) or type(error).__name__))
         lifeline.join()  # the client ends us once it has read why
+    # What has been loaded stays, too.
     gc.freeze()
-    gc.enable()
     say(Ready())
     serve(engine, socket)
 

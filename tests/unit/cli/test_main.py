@@ -48,6 +48,13 @@ def test_the_command_line_loads_nothing_heavy() -> None:
     assert result.stdout == "\n"
 
 
+def test_engines_are_started_before_the_gateways_libraries_are_loaded() -> None:
+    heavy = "{'torch', 'fastapi', 'uvicorn', 'sqlalchemy', 'redis'}"
+    code = f"import sys, localmoe.cli.serving; print(*sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout == "\n"
+
+
 def test_wrong_usage_exits_with_2() -> None:
     result = run("chat", "--temperature", "9")
     assert result.returncode == 2

@@ -12,7 +12,7 @@ from queue import LifoQueue
 
 import msgspec
 
-from localmoe.core.errors import InvalidRequestError, OverloadedError
+from localmoe.core.errors import GatewayOverloadedError, InvalidRequestError
 from localmoe.core.request import Grammar
 from localmoe.text.sandbox_process import SandboxProcess
 
@@ -52,7 +52,7 @@ class GrammarChecker:
 
         Raises:
             InvalidRequestError: it cannot be compiled, or not with what a grammar may take.
-            OverloadedError: too many wait to be checked, or there was no time or no process to do it.
+            GatewayOverloadedError: too many wait to be checked, or there was no time or no process to do it.
         """
         key = hashlib.sha256(msgspec.json.encode(grammar)).digest()
         finding = self._findings.get(key)
@@ -63,13 +63,13 @@ class GrammarChecker:
         # A client that goes must not take the answer from others.
         complaint = await asyncio.shield(finding)
         if complaint is None:
-            raise OverloadedError(f"{param}: there was no time to check this grammar; try again later")
+            raise GatewayOverloadedError(f"{param}: there was no time to check this grammar; try again later")
         if complaint:
             raise InvalidRequestError(f"{param}: {complaint}", param=param)
 
     def _find_out(self, key: bytes, grammar: Grammar) -> "asyncio.Future[str | None]":
         if self._num_waiting >= _MAX_WAITING:
-            raise OverloadedError("too many grammars wait to be checked")
+            raise GatewayOverloadedError("too many grammars wait to be checked")
         self._num_waiting += 1
         finding = asyncio.get_running_loop().run_in_executor(self._threads, self._complaint, grammar)
 

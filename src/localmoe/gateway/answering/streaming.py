@@ -18,7 +18,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from localmoe.core.errors import BackendUnavailableError, DeadlineExceededError, EngineFaultError, LocalMoEError
+from localmoe.core.errors import (
+    BackendUnavailableError,
+    DeadlineExceededError,
+    EngineFaultError,
+    GatewayOverloadedError,
+    LocalMoEError,
+)
 from localmoe.gateway.answering.disconnect import run_until_disconnect
 from localmoe.gateway.answering.generation import ChoiceDelta
 from localmoe.gateway.context import ServedModel
@@ -108,9 +114,11 @@ async def respond(
         begin: asks a model for the answer.
         models: to be asked one after the other until one begins to answer; has at least one.
         headers: of the answer, beside the usual ones.
+        request: its body cannot be read any more.
         keepalive_s: see `EventStreamResponse`, as for what follows.
     """
     if stream:
+        _forget_body(request)
         return EventStreamResponse(
             begin, models, keepalive_s=keepalive_s, keepalive=keepalive, failure=failure, headers=headers
         )
@@ -118,6 +126,12 @@ async def respond(
     if whole is None:  # nobody reads it
         return Response(status_code=CLIENT_LEFT)
     return Response(whole, headers=dict(headers), media_type="application/json")
+
+
+def _forget_body(request: Request) -> None:
+    """Starlette keeps what it has read for as long as the request lasts, and a stream may last for long."""
+    for name in ("_body", "_json"):
+        vars(request).pop(name, None)
 
 
 async def _first_to_begin(begin: Begin, models: Iterator[ServedModel]) -> tuple[Begun, ChoiceDelta]:
@@ -144,8 +158,8 @@ async def first_able(attempt: Callable[[ServedModel], Awaitable[T]], models: Ite
     for model in models:
         try:
             return await attempt(model)
-        except DeadlineExceededError as error:
-            raise first or error from None  # others have no time either
+        except (DeadlineExceededError, GatewayOverloadedError) as error:
+            raise first or error from None  # for others it is no different
         except (BackendUnavailableError, EngineFaultError) as error:
             first = first or error
         except LocalMoEError:
@@ -201,11 +215,16 @@ class EventStreamResponse(Response):
         await run_until_disconnect(receive, self._send_events(send))
 
     async def _send_events(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        writer = _Writer(start, send, keepalive_s=self._keepalive_s, keepalive=self._keepalive)
+        writer = _Writer(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers},
+            send,
+            keepalive_s=self._keepalive_s,
+            keepalive=self._keepalive,
+        )
         try:
             begun, first = await _first_to_begin(self._begin, self._models)
-            del self._begin, self._models  # and with them the request's body: answers may last for long
+            # And with them the request's body. What lasts for long should be small.
+            del self._begin, self._models, self.raw_headers
             answer = begun.answer
             async with aclosing(begun.deltas) as deltas:
                 await writer.write(answer.events(first))
@@ -229,8 +248,24 @@ class _Writer:
     waits for its time is timers, not a task: a silent stream should cost little.
     """
 
+    # There is one for each stream, and most of them are silent.
+    __slots__ = (
+        "_events_timer",
+        "_keepalive",
+        "_keepalive_s",
+        "_last_s",
+        "_lock",
+        "_loop",
+        "_pending",
+        "_send",
+        "_sending",
+        "_silence_timer",
+        "_start",
+    )
+
     def __init__(self, start: Message, send: Send, *, keepalive_s: float, keepalive: bytes) -> None:
-        self._start = start
+        self._start: Message | None = start
+        """Until it has been sent."""
         self._send = send
         self._keepalive_s = keepalive_s
         self._keepalive = keepalive
@@ -243,7 +278,10 @@ class _Writer:
         self._events_timer: asyncio.TimerHandle | None = None
         """Runs while events wait."""
         self._silence_timer = self._loop.call_later(keepalive_s, self._break_silence)
-        self.has_begun = False
+
+    @property
+    def has_begun(self) -> bool:
+        return self._start is None
 
     async def write(self, events: bytes) -> None:
         if not events:
@@ -284,9 +322,9 @@ class _Writer:
 
     async def _flush(self, *, more: bool = True) -> None:
         async with self._lock:
-            if not self.has_begun:
-                self.has_begun = True
-                await self._send(self._start)
+            start, self._start = self._start, None
+            if start is not None:
+                await self._send(start)
             data, self._pending = bytes(self._pending), bytearray()
             if data or not more:
                 await self._send({"type": "http.response.body", "body": data, "more_body": more})

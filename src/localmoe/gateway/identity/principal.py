@@ -9,7 +9,7 @@ _KEY = "localmoe.principal"
 
 
 def set_principal(scope: Scope, principal: Principal) -> None:
-    """Nobody is asked who this request's is."""
+    """Says whose request of our own this is; nobody is asked."""
     scope[_KEY] = principal
 
 

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _POLL_S = 1.0
 """How long until work is found that another gateway has put there, or that was put back."""
 _MAX_PAUSE_S = 30.0
+_COMPLAINT_INTERVAL_S = 60.0
 _FIRST_RETRY_S, _MAX_RETRY_S = 0.25, 60.0
 _MAX_REST_S = 1.0
 """How long a place is left free after a refusal, since what comes next would most likely be refused, too."""
@@ -65,6 +66,7 @@ class JobRunner:
         self._batches: dict[str, asyncio.Task[None]] = {}
         """Whose files are being read or written, by id; one at most."""
         self._has_news = asyncio.Event()
+        self._complaint, self._next_complaint_s = "", 0.0
         self._next_look_s = 0.0
 
     def start(self, app: ASGIApp) -> None:
@@ -107,8 +109,7 @@ class JobRunner:
                 await self._take_work()
                 pause_s = _POLL_S
             except StorageError as error:
-                if pause_s == _POLL_S:
-                    logger.warning("jobs wait: %s", error)
+                self._complain(error)
                 pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
             except Exception:  # a fault of ours must not end all jobs
                 logger.exception("jobs wait")
@@ -219,6 +220,13 @@ class JobRunner:
             try:
                 return await step()
             except StorageError as error:
-                logger.warning("jobs wait: %s", error)
+                self._complain(error)
             await asyncio.sleep(pause_s)
             pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
+
+    def _complain(self, error: StorageError) -> None:
+        """Of the same now and then: every item that waits meets it again and again."""
+        now_s, said = time.monotonic(), str(error)
+        if said != self._complaint or now_s >= self._next_complaint_s:
+            self._complaint, self._next_complaint_s = said, now_s + _COMPLAINT_INTERVAL_S
+            logger.warning("jobs wait: %s", said)

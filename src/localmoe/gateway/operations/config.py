@@ -7,7 +7,6 @@ from fastapi import APIRouter, Header, Path, Query, Response
 from pydantic import BaseModel, Field
 
 from localmoe.core.configuration import ConfigOutcome, ConfigState, ConfigVersion, Setting
-from localmoe.core.identity import Principal
 from localmoe.core.protocols import ConfigOperations
 from localmoe.gateway.exchange import current_principal
 from localmoe.gateway.fields import UNICODE, ApiModel
@@ -112,5 +111,5 @@ def router(operations: ConfigOperations) -> APIRouter:
 
 
 def _author() -> str:
-    principal: Principal = current_principal()
+    principal = current_principal()
     return principal.name if principal.name == principal.id else f"{principal.name} ({principal.id})"
