@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from localmoe.backends.scripted import ScriptedBackend
-from localmoe.core.errors import InvalidRequestError, OverloadedError
+from localmoe.core.errors import GatewayOverloadedError, InvalidRequestError
 from localmoe.core.request import Grammar, Request
 from localmoe.gateway.answering.grammar_checks import GrammarChecker
 from localmoe.text.sandbox_process import SandboxProcess
@@ -259,7 +259,7 @@ async def test_a_grammar_for_which_there_was_no_time_is_not_remembered(monkeypat
     for no_answer in (b"null", None):
         with monkeypatch.context() as patched:
             patched.setattr(SandboxProcess, "ask", lambda *_, said=no_answer: said)
-            with pytest.raises(OverloadedError, match="no time"):
+            with pytest.raises(GatewayOverloadedError, match="no time"):
                 await checker.check(grammar, param="a")
     await checker.check(grammar, param="a")
 
@@ -296,5 +296,5 @@ async def test_no_more_wait_than_can_be_checked_soon(monkeypatch: pytest.MonkeyP
     await asyncio.sleep(0)
     may_answer.set()
     results = await asyncio.gather(*checks, return_exceptions=True)
-    assert [type(result) for result in results] == [type(None)] * 32 + [OverloadedError] * 8
+    assert [type(result) for result in results] == [type(None)] * 32 + [GatewayOverloadedError] * 8
     await checker.check(Grammar(kind="regex", source="b"), param="x")
