@@ -19,6 +19,12 @@ _RIDGE = 1e-4
 """Of a feature's own weight: keeps a fit unique where features never varied, or only together."""
 _NO_WEIGHT = 1e-12
 _LEVEL_SMOOTHING = 0.1
+_VARIANCE_SMOOTHING = 0.03
+_MEAN_ABOVE = 0.4
+"""Of the variance of logarithms, by which a mean is above theirs: half for log-normal times, and a little less for
+the fits, which count outliers less."""
+_LEVEL_RETURN = 0.005
+"""In some hundred observations a level is the usual one: far longer than a busy minute."""
 _MAX_LEVEL_STEP = 1.5
 _MAX_SURPRISE = 4.0
 """What took more than so many times as long as predicted counts less, or one stall would outweigh the rest."""
@@ -34,10 +40,16 @@ _PROMPT_SCALE = 1000.0
 
 
 class _Level:
-    """How slow everything is now, as a factor."""
+    """How slow everything is now, as a factor.
+
+    It and the weights of the engine that is used explain the same times, so between them it could wander anywhere,
+    and with it what is predicted of engines at rest. So it is drawn back to 1. It is followed by its logarithm, which
+    an outlier moves little, but is to be what the fits are: about the mean of the ratios, which is above the mean of
+    their logarithms. Were it that, fits and level would follow each other down for ever.
+    """
 
     def __init__(self) -> None:
-        self._log = 0.0
+        self._log = self._variance = 0.0
 
     @property
     def factor(self) -> float:
@@ -45,7 +57,9 @@ class _Level:
 
     def follow(self, factor: float) -> None:
         step = min(_MAX_LEVEL_STEP, max(-_MAX_LEVEL_STEP, math.log(factor))) - self._log
-        self._log += _LEVEL_SMOOTHING * step
+        self._variance += _VARIANCE_SMOOTHING * (step**2 - self._variance)
+        self._log += _LEVEL_SMOOTHING * (step + _MEAN_ABOVE * self._variance)
+        self._log *= 1 - _LEVEL_RETURN
 
 
 class Processor:

@@ -121,3 +121,18 @@ def test_of_more_at_once_than_was_measured_little_is_feared() -> None:
     assert 0.3 < model.token_s(20, 0) < 0.8
     model.observe_between(20, 0, 0.2)
     assert model.token_s(20, 0) < 0.3
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("spread", [0.2, 0.5, 0.8])
+def test_what_is_predicted_of_an_engine_at_rest_stays(seed: int, spread: float) -> None:
+    """However long another one is used, whose times scatter to the long side, as all times do."""
+    processor, rng = Processor(), np.random.default_rng(seed)
+    used, resting = SpeedModel(processor), SpeedModel(processor)
+    for model, token_s in ((resting, 0.03), (used, 0.01)):
+        for _ in range(50):
+            model.observe_between(0, 0, token_s * rng.lognormal(0.0, 0.1))
+    for _ in range(3000):
+        used.observe_between(0, 0, 0.01 * rng.lognormal(-(spread**2) / 2, spread))
+    assert resting.token_s(0, 0) == pytest.approx(0.03, rel=0.5)
+    assert resting.token_s(0, 0) > 1.7 * used.token_s(0, 0)
