@@ -64,7 +64,8 @@ def refuse_odd_values(values: Any, where: str) -> None:
         where: they stand, for messages.
 
     Raises:
-        ConfigError: something is nested too deeply, has half characters in it, or more than 64 bits.
+        ConfigError: something is nested too deeply, has half characters in it, more than 64 bits, or is a date, bytes
+            or a set.
     """
     level: list[tuple[str, Any]] = [("", values)]
     for _ in range(_MAX_DEPTH):
@@ -80,6 +81,11 @@ def refuse_odd_values(values: Any, where: str) -> None:
                     raise ConfigError(f"{at} has text in it that is not Unicode")
                 case int() if not -_MAX_INTEGER <= value < _MAX_INTEGER:
                     raise ConfigError(f"{at} has an integer of more than 64 bits")
+                case None | str() | int() | float():
+                    pass
+                case _:  # what YAML has beyond JSON
+                    kind = type(value).__name__
+                    raise ConfigError(f"{at} is of YAML's type {kind!r}, as no setting is; if it is text, quote it")
         if not inner:
             return
         level = inner

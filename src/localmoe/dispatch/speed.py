@@ -18,14 +18,11 @@ _FORGETTING = 0.97
 _RIDGE = 1e-4
 """Of a feature's own weight: keeps a fit unique where features never varied, or only together."""
 _NO_WEIGHT = 1e-12
-_LEVEL_SMOOTHING = 0.1
-_VARIANCE_SMOOTHING = 0.03
-_MEAN_ABOVE = 0.4
-"""Of the variance of logarithms, by which a mean is above theirs: half for log-normal times, and a little less for
-the fits, which count outliers less."""
-_LEVEL_RETURN = 0.005
-"""In some hundred observations a level is the usual one: far longer than a busy minute."""
-_MAX_LEVEL_STEP = 1.5
+_LEVEL_SMOOTHING = 0.05
+"""A level takes more than half of a change, since it is quicker than the fits; the higher, the more noise sways it."""
+_LEVEL_RETURN = 0.0005
+"""What a level loses to this is made up for by the next observations, but for a third: half of a change is in the
+weights after some 3500 observations, which is longer than a busy minute."""
 _MAX_SURPRISE = 4.0
 """What took more than so many times as long as predicted counts less, or one stall would outweigh the rest."""
 _SMALLEST_S = 1e-6
@@ -43,23 +40,27 @@ class _Level:
     """How slow everything is now, as a factor.
 
     It and the weights of the engine that is used explain the same times, so between them it could wander anywhere,
-    and with it what is predicted of engines at rest. So it is drawn back to 1. It is followed by its logarithm, which
-    an outlier moves little, but is to be what the fits are: about the mean of the ratios, which is above the mean of
-    their logarithms. Were it that, fits and level would follow each other down for ever.
+    and with it what is predicted of engines at rest. So it follows the very errors that the fits balance, weighted
+    alike: where those sum to nothing it stays, whatever the times' distribution. What is left of wandering is drawn
+    back to 1.
     """
 
     def __init__(self) -> None:
-        self._log = self._variance = 0.0
+        self._log = 0.0
 
     @property
     def factor(self) -> float:
         return math.exp(self._log)
 
-    def follow(self, factor: float) -> None:
-        step = min(_MAX_LEVEL_STEP, max(-_MAX_LEVEL_STEP, math.log(factor))) - self._log
-        self._variance += _VARIANCE_SMOOTHING * (step**2 - self._variance)
-        self._log += _LEVEL_SMOOTHING * (step + _MEAN_ABOVE * self._variance)
-        self._log *= 1 - _LEVEL_RETURN
+    def follow(self, surprise: float) -> None:
+        """Take in how many times as long as predicted something took."""
+        error = (surprise - 1) / _doubt(surprise) ** 2
+        self._log = (self._log + _LEVEL_SMOOTHING * error) * (1 - _LEVEL_RETURN)
+
+
+def _doubt(surprise: float) -> float:
+    """By how much an observation's weight is less than others'."""
+    return max(1.0, surprise / _MAX_SURPRISE)
 
 
 class Processor:
@@ -88,8 +89,8 @@ class _LinearModel:
         expected = usual
         if self.num_observed:
             fitted = max(float(self._weights @ x), _SMALLEST_S)
-            self._level.follow(value / fitted)
-            expected = max(fitted, usual / _MAX_SURPRISE)
+            self._level.follow(usual / fitted)
+            expected = fitted * _doubt(usual / fitted)
         x, target = x / expected, usual / expected
         self._products = _FORGETTING * self._products + np.outer(x, x)
         self._targets = _FORGETTING * self._targets + x * target

@@ -14,7 +14,7 @@ from localmoe.gateway import inference, infill, tokens
 from localmoe.gateway.anthropic import routes as anthropic
 from localmoe.gateway.config import GatewayConfig
 from localmoe.gateway.context import GatewayContext, ServedModel, Services
-from localmoe.gateway.document import DocumentedApp
+from localmoe.gateway.documented_app import DocumentedApp
 from localmoe.gateway.errors import handle_http_exception, handle_known_error, handle_validation_error
 from localmoe.gateway.exchange import note_event
 from localmoe.gateway.identity.visible_models import VisibleModels

@@ -1,9 +1,13 @@
 """Keeps answers that clients may ask for again, or go on from (`/v1/responses`)."""
 
+import logging
+
 from sqlalchemy import BigInteger, ColumnElement, and_, delete, func, insert, select
 
 from localmoe.state.database import Database
 from localmoe.state.schema import responses
+
+logger = logging.getLogger(__name__)
 
 _KEPT_SHARE = 0.9
 """What is left when an owner's responses have become too many; less than all, so that not each new one costs a look
@@ -32,6 +36,12 @@ class SqlResponseStore:
             await connection.execute(delete(responses).where(_is(owner, response_id)))
             await connection.execute(delete(responses).where(responses.c.changed_at < now - self._keep_s))
             if len(data) > self._max_owner_bytes:
+                logger.warning(
+                    "response %s of %d bytes is not kept: state.max_owner_response_bytes is %d",
+                    response_id,
+                    len(data),
+                    self._max_owner_bytes,
+                )
                 return
             await connection.execute(
                 insert(responses).values(

@@ -83,6 +83,13 @@ def test_one_name_in_two_blocks_is_none_twice(tmp_path: Path) -> None:
     assert read(tmp_path, "a: {x: 1}\nb: {x: 1}\n") == {"a": {"x": 1}, "b": {"x": 1}}
 
 
+@pytest.mark.parametrize(
+    ("value", "kind"), [("!!binary YQ==", "bytes"), ("2001-12-30", "date"), ("!!set {b}", "set")]
+)
+def test_what_only_yaml_has_is_refused(tmp_path: Path, value: str, kind: str) -> None:
+    assert f"'a' is of YAML's type '{kind}'" in problem(tmp_path, f"a: {value}\n")
+
+
 def test_objects_are_not_made(tmp_path: Path) -> None:
     made = tmp_path / "made"
     assert "is not YAML" in problem(tmp_path, f"host: !!python/object/apply:os.mkdir [{made}]\n")
