@@ -32,6 +32,7 @@ LOAD_SHARE = 0.3
 MAX_LOAD_SHARE = 0.9
 """Of what an engine takes alone; one that is closer to being overrun has no turns."""
 FAR_BEHIND = 2.0
+"""Times as long as the best took, in the turn in which `auto` learns."""
 BLOCKS = 12
 """Of a run: in each every engine has its turn, since the machine itself is slower in one minute than in the next."""
 LEAST_TOLERANCE = 1.03
@@ -135,7 +136,7 @@ async def measure(url: str, kinds: Sequence[str], arguments: argparse.Namespace)
             of_turns = [a / b for a, b in zip(took_s["auto"], took_s[best], strict=True)]
             row = [f"{mean_s[name]:.2f} s" if name in mean_s else "" for name in [*shown, "auto"]]
             row += [f"{mean_s['auto'] / mean_s[best]:.3f}", f"{statistics.median(of_turns):.3f}"]
-            shares = ", ".join(f"{name} {count}" for name, count in chosen.items())
+            shares = ", ".join(f"{name} {num_answers}" for name, num_answers in chosen.items())
             label = "learning" if is_learning else number
             print(f"| {label} | " + " | ".join([*row, shares]) + " |", flush=True)
             if is_learning:

@@ -3,13 +3,14 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from support.server import check_gone, engine_pid, engine_pids, running_server
+from support.server import check_gone, engine_pid, running_server
 
 
 def serve(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -36,17 +37,37 @@ def test_the_engine_never_outlives_the_gateway(tiny_home: Path, end_signal: sign
 def test_a_server_that_is_told_to_stop_while_it_starts_ends_quietly(tiny_home: Path, said: str) -> None:
     command = [sys.executable, "-m", "localmoe", "serve", "distinct-experts", "--weights", "f32", "--port", "0"]
     environment = {**os.environ, "LOCALMOE_HOME": str(tiny_home)}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as server:
         assert server.stderr is not None
         while f"localmoe: {said} " not in (line := server.stderr.readline()):
             assert line, "it ended before"
-        engines = engine_pids(server.pid)
         server.send_signal(signal.SIGTERM)
         rest = server.stderr.read()
         assert server.wait(30) == 0
     assert "Traceback" not in rest
-    for engine in engines:
-        check_gone(engine)
+    with pytest.raises(ProcessLookupError):  # its engine is in the same group
+        os.killpg(server.pid, 0)
+
+
+def test_of_two_servers_at_one_port_one_starts(tiny_home: Path) -> None:
+    """Though both may bind it as long as neither listens."""
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        command = [sys.executable, "-m", "localmoe", "serve", "distinct-experts", "--weights", "f32"]
+        environment = {**os.environ, "LOCALMOE_HOME": str(tiny_home)}
+        with subprocess.Popen(
+            [*command, "--port", str(port)], stderr=subprocess.PIPE, text=True, env=environment
+        ) as server:
+            other.listen()
+            assert server.stderr is not None
+            said = server.stderr.read()
+            assert server.wait(30) == 1
+    assert "error: cannot listen" in said
+    assert "Traceback" not in said
 
 
 def test_a_model_that_is_not_there(tiny_home: Path) -> None:

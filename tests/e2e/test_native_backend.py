@@ -1,11 +1,12 @@
 """The native backend's edges: death, hanging, refusal and cancellation at awkward moments."""
 
 import asyncio
+import contextlib
 import math
 import os
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,31 @@ async def test_a_hung_engine_is_killed_and_replaced(tiny_home: Path) -> None:
         await wait_until(backend, ready=True)
         assert engine_pid(os.getpid()) != hung
         assert len(await answer(backend, greedy("a", [5], 4))) == 4
+
+
+async def test_clients_in_a_hurry_find_out_a_hung_engine_too(tiny_home: Path) -> None:
+    async with running(tiny_home / STORE, hang_timeout_s=1.0) as backend:
+        hung = engine_pid(os.getpid())
+        os.kill(hung, signal.SIGSTOP)
+        async with asyncio.timeout(20):
+            while backend.is_ready:
+                with contextlib.suppress(TimeoutError, EngineDiedError):
+                    async with asyncio.timeout(0.3):
+                        await answer(backend, greedy("a", [5], 4))
+        await wait_until(backend, ready=True)
+        assert engine_pid(os.getpid()) != hung
+
+
+async def test_who_reads_slowly_does_not_make_an_engine_hang(tiny_home: Path) -> None:
+    async with running(tiny_home / STORE, hang_timeout_s=0.5) as backend:
+        engine = engine_pid(os.getpid())
+        async with aclosing(backend.generate(greedy("a", [5], 8))) as chunks:
+            tokens = list((await anext(chunks)).token_ids)
+            await asyncio.sleep(1.5)
+            async for chunk in chunks:
+                tokens += chunk.token_ids
+        assert len(tokens) == 8
+        assert engine_pid(os.getpid()) == engine
 
 
 async def test_what_ends_a_whole_group_leaves_the_engine_to_its_client(tiny_home: Path) -> None:

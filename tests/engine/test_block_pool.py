@@ -5,12 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from localmoe.engine.block_pool import ROOT, BlockPool, block_name
+from localmoe.engine.block_pool import BlockPool, block_name, root_name
 
 
 def names(token_ids: list[int], block_tokens: int) -> list[bytes]:
     """Names of all full blocks of these tokens."""
-    chain, name = [], ROOT
+    chain, name = [], root_name("")
     for start in range(0, len(token_ids) - block_tokens + 1, block_tokens):
         name = block_name(name, token_ids[start : start + block_tokens])
         chain.append(name)
@@ -69,9 +69,9 @@ def test_freeing_twice_is_a_bug_that_shows() -> None:
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40))
 def test_names_depend_on_every_token(token_ids: list[int]) -> None:
-    name = block_name(ROOT, token_ids)
+    name = block_name(root_name(""), token_ids)
     changed = [token_ids[0] ^ 1, *token_ids[1:]]
-    assert block_name(ROOT, changed) != name
+    assert block_name(root_name(""), changed) != name
     assert block_name(name, token_ids) != name
 
 

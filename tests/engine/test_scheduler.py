@@ -3,6 +3,7 @@
 import random
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,6 +124,15 @@ def test_equal_prefixes_are_computed_once() -> None:
     finish_all(scheduler)
     assert scheduler.prefix_hits_tokens == 32
     assert pool.num_free == pool.num_blocks
+
+
+def test_prompts_of_others_are_not_found() -> None:
+    scheduler, _ = make()
+    for name, scope, hits in (("a", "ann", 0), ("b", "bob", 0), ("c", "", 0), ("d", "ann", 32)):
+        scheduler.add(msgspec.structs.replace(request(name, 40), cache_scope=scope))
+        before = scheduler.prefix_hits_tokens
+        finish_all(scheduler)
+        assert scheduler.prefix_hits_tokens - before == hits
 
 
 def test_a_fully_known_prompt_still_computes_its_last_token() -> None:

@@ -124,6 +124,12 @@ CASES: list[tuple[tuple[str, Any], int, str, str | None]] = [
     (chat(n=True), 400, "valid integer; got true", "n"),
     (chat(n="2"), 400, "valid integer", "n"),
     (chat(n=1.0), 400, "valid integer", "n"),
+    (
+        chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {"maximum": 2**64}}}]),
+        400,
+        "an integer of more than 64 bits",
+        "tools[0].function.parameters",
+    ),
     (chat(seed=2**63), 400, "seed", "seed"),
     (chat(seed=0.5), 400, "valid integer", "seed"),
     (chat(max_tokens=0), 400, "greater than or equal to 1", "max_tokens"),

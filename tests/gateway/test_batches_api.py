@@ -156,6 +156,7 @@ async def test_the_official_client_runs_a_batch(sdk: openai.AsyncOpenAI) -> None
         (jsonl(line(1, stream=True)), "invalid_request", 1),
         (jsonl({**line(1), "body": 3}), "invalid_request", 1),
         (b"\xff\xfe\n", "invalid_json_line", 1),
+        (b"\n" * 1_000_000, "invalid_json_line", 10_001),
     ],
 )
 async def test_a_bad_file_fails_its_batch_and_says_where(

@@ -1,5 +1,6 @@
 """`/v1/files`, by OpenAI's own client and by hand."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,33 @@ async def test_files_are_bounded_while_they_come(
         over = await upload(gateway.client, b"x" * 190_000)
         assert (over.status_code, over.json()["error"]["code"]) == (413, "quota_exceeded")
         assert len(list((tmp_path / "files").iterdir())) == 1
+
+
+async def test_uploads_at_the_same_time_are_bounded_together(
+    text_model: TextModel, backend: ScriptedBackend, tmp_path: Path
+) -> None:
+    config = GatewayConfig(jobs=JobsConfig(max_file_bytes=200_000, max_owner_file_bytes=300_000))
+    num_ended = 0
+
+    async def held() -> AsyncIterator[bytes]:
+        yield b'--b\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+        yield b'--b\r\ncontent-disposition: form-data; name="file"; filename="x"\r\n\r\n' + b"x" * 190_000
+        while not num_ended:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        yield b"\r\n--b--\r\n"
+
+    async with stateful_gateway(text_model, backend, tmp_path, config=config) as gateway:
+        form = {"content-type": "multipart/form-data; boundary=b"}
+
+        async def send() -> int:
+            nonlocal num_ended
+            status = (await gateway.client.post("/v1/files", content=held(), headers=form)).status_code
+            num_ended += 1
+            return status
+
+        async with asyncio.timeout(20):
+            assert sorted(await asyncio.gather(send(), send())) == [200, 413]
+        assert (await upload(gateway.client, b"x" * 50_000)).status_code == 200  # what was refused takes nothing
 
 
 @pytest.mark.parametrize(

@@ -359,6 +359,19 @@ async def test_requests_at_a_time(site) -> None:
         assert (await one.client.post(CHAT, json=BODY, headers=headers)).status_code == 200
 
 
+async def test_what_is_made_in_the_background_is_being_answered(site) -> None:
+    backend = ScriptedBackend([60] * 20, delay_s=0.01)
+    async with site(backend, limits=LimitsConfig(requests_per_minute=0, concurrent_requests=1)) as one:
+        headers = bearer(one.store.make())
+        body = {"model": "tiny", "input": "hello", "background": True}
+        made = await one.client.post("/v1/responses", json=body, headers=headers)
+        assert made.status_code == 200, made.text
+        assert (await one.client.post("/v1/responses", json=body, headers=headers)).status_code == 429
+        async with asyncio.timeout(20):
+            while (await one.client.post("/v1/responses", json=body, headers=headers)).status_code != 200:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+
 async def test_requests_of_our_own_need_no_key_and_have_their_owners_rights(site) -> None:
     async with site(limits=LimitsConfig(requests_per_minute=1, tokens_per_minute=1000)) as one:
         one.store.make(Role.USER)

@@ -289,7 +289,7 @@ async def test_what_is_written_in_part_is_written_to_the_end() -> None:
             return min(7, len(data))
 
     file = Reluctant()
-    writer = FileWriter(file)  # type: ignore[arg-type]
+    writer = FileWriter(file, lambda num_bytes: None)  # type: ignore[arg-type]
     data = os.urandom((1 << 20) + 3)
     await writer.write(data)
     assert file.written == data

@@ -181,6 +181,72 @@ async def test_thoughts_text_and_calls_are_items_one_after_the_other(serve, thin
     assert 0 < response["usage"]["output_tokens_details"]["reasoning_tokens"] < response["usage"]["output_tokens"]
 
 
+async def test_a_call_of_no_known_tool_can_be_gone_on_from(serve, thinker: TextModel) -> None:
+    """Models make names up, and clients get them to see."""
+    script = encode(thinker, '<tool_call>\n{"name": "fs.read:all", "arguments": {}}\n</tool_call>')
+    body = {**BODY, "tools": [WEATHER]}
+    async with serve(ScriptedBackend(script), text=thinker, context_tokens=100_000) as client:
+        first = (await client.post("/v1/responses", json=body)).json()
+        (call,) = [item for item in first["output"] if item["type"] == "function_call"]
+        assert call["name"] == "fs.read:all"
+        result = {"type": "function_call_output", "call_id": call["call_id"], "output": "no such tool"}
+        for again in (
+            {**body, "previous_response_id": first["id"], "input": [result]},
+            {**body, "input": [{"role": "user", "content": "hi"}, call, result]},
+        ):
+            second = await client.post("/v1/responses", json=again)
+            assert second.status_code == 200, second.text
+        history = [
+            {"role": "user", "content": "hi"},
+            {
+                "role": "assistant",
+                "content": [{"type": "tool_use", "id": "a", "name": "fs.read:all", "input": {}}],
+            },
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": "no such tool"}]},
+        ]
+        tools = [{"name": f"mcp__{number:0100}", "input_schema": {"type": "object"}} for number in range(200)]
+        message = {"model": "tiny", "messages": history, "tools": tools}
+        answer = await client.post("/v1/messages/count_tokens", json=message)
+        assert answer.status_code == 200, answer.text
+
+
+async def test_what_another_gateway_makes_is_not_deleted_under_it(text_model: TextModel) -> None:
+    backend = _Paused(encode(text_model, "ok"))
+    await backend.start()
+    bus = EventBus()
+    services = make_services(bus)
+    here, there = (
+        create_app(
+            {"tiny": served_model(text_model, backend)},
+            services=services,
+            config=Current(GatewayConfig()),
+            bus=bus,
+        )
+        for _ in range(2)
+    )
+    async with (
+        httpx2.AsyncClient(transport=httpx2.ASGITransport(app=here), base_url="http://test") as maker,
+        httpx2.AsyncClient(transport=httpx2.ASGITransport(app=there), base_url="http://test") as other,
+    ):
+        made = (await maker.post("/v1/responses", json={**BODY, "background": True})).json()["id"]
+        await backend.was_asked.wait()
+        for method, path in (("DELETE", ""), ("POST", "/cancel")):
+            refused = await other.request(method, f"/v1/responses/{made}{path}")
+            assert refused.status_code == 409
+            assert "another gateway" in refused.json()["error"]["message"]
+        backend.may_speak.set()
+        assert (await poll(maker, made))["status"] == "completed"
+        assert (await other.delete(f"/v1/responses/{made}")).status_code == 200
+
+
+@pytest.mark.parametrize("response_id", ["%00", "resp_%ff", "a%20b", "x" * 100])
+async def test_ids_of_no_response_are_not_found(serve, response_id: str) -> None:
+    async with serve(ScriptedBackend([5])) as client:
+        for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/input_items")):
+            refused = await client.request(method, f"/v1/responses/{response_id}{path}")
+            assert refused.status_code == 404
+
+
 async def test_an_answer_that_is_cut_off_is_incomplete(serve, text_model: TextModel) -> None:
     async with serve(ScriptedBackend(encode(text_model, "quick brown fox"))) as client:
         whole = (await client.post("/v1/responses", json={**BODY, "max_output_tokens": 2})).json()

@@ -8,6 +8,7 @@ killed ourselves, the kernel kills the command.
 Standard library only, and no import of ours: it is run by path, and has to start at once.
 """
 
+import contextlib
 import ctypes
 import os
 import select
@@ -42,7 +43,7 @@ def main() -> int:
         except OSError as error:
             print(f"{command[0]}: {error.strerror}", file=sys.stderr, flush=True)
             os._exit(127)
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
+    signal.signal(signal.SIGTERM, lambda *_: _pass_on(child))
     while True:
         readable, _, _ = select.select([lifeline, woken], [], [])
         if lifeline in readable:
@@ -58,6 +59,11 @@ def main() -> int:
 
 def _ignore(number: int, frame: FrameType | None) -> None:
     pass
+
+
+def _pass_on(child: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(child, signal.SIGTERM)
 
 
 def _reap(child: int) -> int | None:
@@ -77,6 +83,7 @@ def _reap(child: int) -> int | None:
 
 def _kill_descendants() -> None:
     """Children first; theirs become ours and are next."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the command that would get it has ended
     while children := Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
         for pid in children:
             try:

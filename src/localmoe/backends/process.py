@@ -60,7 +60,8 @@ class OutputTail:
                 self._lines.append(line)
                 if len(self._first_errors) < _NUM_FIRST_ERRORS and _NAMES_AN_ERROR.search(line):
                     self._first_errors.append(line)
-                print(f"{name}: {line}", file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError, ValueError):  # nobody may read ours any more
+                    print(f"{name}: {line}", file=sys.stderr, flush=True)
 
 
 class GuardedProcess:

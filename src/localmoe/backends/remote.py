@@ -133,7 +133,7 @@ class RemoteBackend:
                 headers={"Content-Type": "application/json", "Accept": accepted},
                 allow_redirects=False,
             ) as response:
-                del body  # prompts may be long, and answers last for long
+                del body  # the encoded copy of what may be long, while answers last for long
                 if failure := await self._failure(response, accepted):
                     raise failure
                 has_begun = True

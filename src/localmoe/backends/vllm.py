@@ -178,10 +178,11 @@ class VllmConnection:
             answered_s = now_s
             if metrics.num_steps != num_steps:
                 # It computes, if perhaps for others: our requests may be waiting for their turn.
-                num_steps, self._client.last_heard_s = metrics.num_steps, now_s
+                num_steps = metrics.num_steps
+                self._client.hang_clock.heard()
             self._on_state(metrics.state(self._model.name, self._name))
-            silent_s = now_s - self._client.last_heard_s
-            if self._client.num_open and silent_s > self._hang_timeout_s:
+            silent_s = self._client.hang_clock.silent_s
+            if silent_s > self._hang_timeout_s:
                 self._give_up(f"vLLM finished no step for {silent_s:.0f} s")
                 return
 

@@ -119,6 +119,8 @@ def question(
     if sampling.grammar is not None:
         written = None if write_grammar is None else {"grammar": write_grammar(sampling.grammar)}
         body["structured_outputs"] = written or _structured_outputs(sampling.grammar)
+    if request.cache_scope:
+        body["cache_salt"] = request.cache_scope
     if stream:
         body["stream_options"] = {"include_usage": True}
     return body

@@ -7,7 +7,6 @@ requests the same error, so that whoever finds out that the server is gone or ha
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import aiohttp
 import msgspec
 
+from localmoe.backends.hang_clock import HangClock
 from localmoe.backends.vllm_answers import Answer, AnswerError, Metrics, Reading, WriteGrammar, decode, question
 from localmoe.core.errors import (
     BackendUnavailableError,
@@ -98,13 +98,7 @@ class VllmClient:
         )
         self._streams: set[asyncio.Queue[TokenChunk | LocalMoEError]] = set()
         self._broken: str | None = None
-        self.last_heard_s = time.monotonic()
-        """When a piece of any answer came last, or when one was first waited for after none were."""
-
-    @property
-    def num_open(self) -> int:
-        """Requests that are being answered."""
-        return len(self._streams)
+        self.hang_clock = HangClock()
 
     async def close(self) -> None:
         """Open requests fail."""
@@ -133,10 +127,10 @@ class VllmClient:
         if num_resumed >= max(1, max_tokens):
             raise InvalidRequestError(f"{num_resumed} tokens were generated already, of at most {max_tokens}")
         stream: asyncio.Queue[TokenChunk | LocalMoEError] = asyncio.Queue()
-        if not self._streams:
-            self.last_heard_s = time.monotonic()
         self._streams.add(stream)
+        self.hang_clock.begin()
         reader = asyncio.create_task(self._read(request, model, stream))
+        reader.add_done_callback(lambda _: self.hang_clock.end())  # whoever reads slowly waits for vLLM no more
         try:
             while True:
                 item = await stream.get()
@@ -212,7 +206,7 @@ class VllmClient:
         try:
             async with contextlib.aclosing(self._chunks(request, model)) as chunks:
                 async for chunk in chunks:
-                    self.last_heard_s = time.monotonic()
+                    self.hang_clock.heard()
                     stream.put_nowait(chunk)
         except LocalMoEError as error:
             stream.put_nowait(error)

@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import logging
 import tempfile
-import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Protocol
@@ -20,6 +19,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from localmoe.backends.hang_clock import HangClock
 from localmoe.backends.process import BELOW_US, OutputTail, how_it_ended
 from localmoe.backends.supervised import SupervisedBackend
 from localmoe.core.errors import (
@@ -79,10 +79,11 @@ class WorkerClient:
         self._hang_timeout_s = hang_timeout_s
         self._on_state = on_state
         self._streams: dict[str, asyncio.Queue[TokenChunk | LocalMoEError]] = {}
+        """Of requests that the engine has not finished."""
+        self._hang_clock = HangClock()
         self._inspection: asyncio.Future[Inspection] | None = None
         """What the engine was asked for and has not told yet."""
         self._wire_ids = itertools.count()
-        self._last_heard_s = 0.0
         loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = loop.create_future()
         self._died: asyncio.Future[str] = loop.create_future()
@@ -131,22 +132,19 @@ class WorkerClient:
         # Clients may repeat a request id; on the wire it must name one request only.
         wire_id = str(next(self._wire_ids))
         stream: asyncio.Queue[TokenChunk | LocalMoEError] = asyncio.Queue()
-        if not self._streams:
-            self._last_heard_s = time.monotonic()  # nothing was expected before
         self._streams[wire_id] = stream
+        self._hang_clock.begin()
         try:
             await self._send(Submit(msgspec.structs.replace(request, id=wire_id, source=None)))
             while True:
                 item = await stream.get()
                 if isinstance(item, LocalMoEError):
                     raise item
-                if item.finish_reason is not None:
-                    self._streams.pop(wire_id)
                 yield msgspec.structs.replace(item, request_id=request.id)
                 if item.finish_reason is not None:
                     return
         finally:
-            if self._streams.pop(wire_id, None) is not None and self.is_ready:
+            if self._close(wire_id) and self.is_ready:
                 with contextlib.suppress(EngineDiedError):
                     await self._send(Cancel(wire_id))
 
@@ -197,7 +195,7 @@ class WorkerClient:
         try:
             while True:
                 message = decoder.decode(await self._socket.recv())
-                self._last_heard_s = time.monotonic()
+                self._hang_clock.heard()
                 if isinstance(message, Outputs):
                     for item in message.items:
                         self._deliver(item)
@@ -221,12 +219,21 @@ class WorkerClient:
             return  # cancelled while this was on its way
         if isinstance(item, TokenChunk):
             stream.put_nowait(item)
+            if item.finish_reason is not None:
+                self._close(item.request_id)  # now: who reads slowly waits for the engine no more
         else:
-            del self._streams[item.request_id]
+            self._close(item.request_id)
             kind = (
                 InvalidRequestError if item.invalid else OverloadedError if item.overloaded else EngineFaultError
             )
             stream.put_nowait(kind(item.message))
+
+    def _close(self, wire_id: str) -> bool:
+        """Expect no more of a request; False if that is so already."""
+        if self._streams.pop(wire_id, None) is None:
+            return False
+        self._hang_clock.end()
+        return True
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         how = how_it_ended(await process.wait())
@@ -238,8 +245,8 @@ class WorkerClient:
         limit_s = self._hang_timeout_s
         while True:
             await asyncio.sleep(limit_s / 10)
-            silent_s = time.monotonic() - self._last_heard_s
-            if self.is_ready and self._streams and silent_s > limit_s:
+            silent_s = self._hang_clock.silent_s
+            if self.is_ready and silent_s > limit_s:
                 reason = f"the engine finished no step for {silent_s:.0f} s"
                 logger.error("%s; killing it", reason)
                 self._end(f"{reason} and was killed")

@@ -1,7 +1,7 @@
 """The cache of answers, wired to the models whose answers it keeps."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -66,7 +66,7 @@ class LeveledAnswerCache:
     """
 
     def __init__(self, config: CacheConfig, *, home: Path) -> None:
-        self._is_shared = config.shared
+        self._scope = scope_of(config)
         self._cache = make_cache(config, directory=home / "answers")
 
     async def start(self) -> None:
@@ -87,8 +87,10 @@ class LeveledAnswerCache:
             decode=None if text is None else text.tokenizer.decode,
         )
 
-    def _scope(self) -> str:
-        return "" if self._is_shared else current_principal().id
+
+def scope_of(config: CacheConfig) -> Callable[[], str]:
+    """Of what may be used again for whoever asks now."""
+    return lambda: "" if config.shared else current_principal().id
 
 
 def make_answer_cache(config: CacheConfig, *, home: Path) -> AnswerCache:

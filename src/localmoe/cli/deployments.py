@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 from localmoe.catalog.catalog import Catalog
-from localmoe.cli.answer_cache import AnswerCache, model_version
+from localmoe.cli.answer_cache import AnswerCache, model_version, scope_of
 from localmoe.cli.engine_kinds import EngineKinds, EngineOrder, MadeEngine
 from localmoe.cli.machine import find_findings
 from localmoe.cli.providing import provide_while_serving
@@ -21,6 +21,7 @@ from localmoe.dispatch.fleet import Deployment
 from localmoe.dispatch.policy import make_policy
 from localmoe.dispatch.replica import Replica
 from localmoe.dispatch.speed import Processor
+from localmoe.gateway.cache.scoped import ScopedGenerator
 from localmoe.gateway.context import ServedModel
 from localmoe.text.text_model import TextModel
 
@@ -173,7 +174,9 @@ class DeploymentBuilder:
             text=text,
             context_tokens=context_tokens,
             generator=self._cache.over(
-                dispatcher, text, version=model_version(spec, self._settings, self._catalog)
+                ScopedGenerator(dispatcher, scope=scope_of(self._settings.gateway.cache)),
+                text,
+                version=model_version(spec, self._settings, self._catalog),
             ),
             inspectables=[one.inspectable for _, _, one in made if one.inspectable is not None],
             fallbacks=spec.fallbacks,

@@ -10,7 +10,7 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import uvicorn
 from fastapi import FastAPI
@@ -21,9 +21,9 @@ from localmoe.cli.server_engines import ServerEngines
 from localmoe.cli.state import ServerState
 from localmoe.cli.terminal import say, url_of
 from localmoe.config.manager import ConfigManager
-from localmoe.config.settings import LoadedSettings
+from localmoe.config.settings import LoadedSettings, Settings
 from localmoe.core.current import Current
-from localmoe.core.errors import ConfigError
+from localmoe.core.serving import ModelSpec
 from localmoe.gateway.app import create_app
 from localmoe.gateway.context import Services
 from localmoe.gateway.http_protocol import BoundedHttpProtocol
@@ -38,9 +38,15 @@ class Gateway:
     Args:
         loaded: settings of the server.
         engines: of the same.
+        specs_of: what settings say is to be served.
     """
 
-    def __init__(self, loaded: LoadedSettings, engines: ServerEngines) -> None:
+    def __init__(
+        self,
+        loaded: LoadedSettings,
+        engines: ServerEngines,
+        specs_of: Callable[[Settings], Sequence[ModelSpec]],
+    ) -> None:
         self._settings, self._engines = loaded.settings, engines
         self._watches = self._settings.configuration.watch and bool(loaded.files)
         self._config = Current(self._settings.gateway)
@@ -48,7 +54,7 @@ class Gateway:
             loaded,
             fleet=engines.fleet,
             builder=engines.builder,
-            specs_of=engines.specs_of,
+            specs_of=specs_of,
             gateway=self._config,
             meter=engines.meter,
             bus=engines.bus,
@@ -57,14 +63,14 @@ class Gateway:
         self._doors: Doors | None = None
 
     async def serve(self, starting: asyncio.Task[None], listener: socket.socket) -> None:
-        """Listen, wait for the engines, and answer until a signal says stop.
+        """Answer, from when the engines are ready, until a signal says stop.
 
         Args:
             starting: the engines' start.
-            listener: bound.
+            listener: it listens.
 
         Raises:
-            ConfigError: the address cannot be listened on, or nobody could show who they are.
+            ConfigError: nobody could show who they are.
             EngineStartError: of `starting`.
         """
         asks = await asks_everybody(self._settings, self._state.keys)
@@ -77,8 +83,6 @@ class Gateway:
             closing.push_async_callback(self._state.stop)
             if self._watches:
                 await closing.enter_async_context(_watching(self._manager))
-            if starting.done():
-                await starting  # nobody need come if it has failed
             url, serving = await closing.enter_async_context(_listening(app, listener))
             await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
             if not serving.done():
@@ -146,10 +150,6 @@ async def _listening(app: FastAPI, listener: socket.socket) -> AsyncIterator[tup
     server = _Server(config)
     for name in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(name, server.handle_exit, name, None)
-    try:
-        listener.listen(config.backlog)
-    except OSError as error:
-        raise ConfigError(f"cannot listen: {error.strerror}; another server was faster") from error
     url = url_of(*listener.getsockname()[:2])
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     say(f"localmoe: listening on {url}")

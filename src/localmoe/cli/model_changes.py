@@ -47,7 +47,10 @@ class ModelChanges:
         self._builder.use(after)
         try:
             await self._change(old, new, undone)
-        except BaseException:
+        except asyncio.CancelledError:  # the server ends
+            self._builder.use(before)
+            raise
+        except Exception:
             self._builder.use(before)
             for undo in reversed(undone):
                 try:

@@ -1,11 +1,9 @@
 """`localmoe serve`: what is to be served, from the command line and the settings; `serving` does it."""
 
-import asyncio
 import errno
 import os
 import socket
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -151,8 +149,7 @@ def serve(
 
             from localmoe.cli.serving import serve_here
 
-        with suppress(asyncio.CancelledError):  # told to stop before it served
-            uvloop.run(serve_here(loaded, catalog, specs_of, threads, listener))
+        uvloop.run(serve_here(loaded, catalog, specs_of, threads, listener))
 
 
 def _serve_on_ray(settings: Settings, specs: Sequence[ModelSpec], threads: int | None) -> None:
@@ -202,7 +199,7 @@ def _check_writable(trace: str | None) -> None:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """Bound before anything slow happens, so that a taken port is known at once; it listens once we can answer."""
+    """Bound before anything slow happens, so that a taken port is known at once; it listens once models are there."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

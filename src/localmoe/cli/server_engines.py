@@ -1,7 +1,8 @@
 """A server's models with their engines, and what meters them, wired together."""
 
+import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 from localmoe.catalog.catalog import Catalog
@@ -12,7 +13,7 @@ from localmoe.cli.model_changes import complete
 from localmoe.config.settings import Settings
 from localmoe.core.events import EventBus
 from localmoe.core.serving import ModelSpec
-from localmoe.dispatch.fleet import Fleet
+from localmoe.dispatch.fleet import Deployment, Fleet
 from localmoe.gateway.context import ServedModel
 from localmoe.hardware.memory import available_memory_bytes
 from localmoe.hardware.meter import HardwareMeter
@@ -33,24 +34,20 @@ class ServerEngines:
     Args:
         settings: of the server.
         catalog: where models are.
-        specs_of: what settings say is to be served.
+        specs: what is to be served.
         threads: compute threads; None: as the settings say.
-
-    Raises:
-        ModelFileError: a model's tokenizer or template cannot be read.
-        ConfigError, EngineStartError: see `DeploymentBuilder.build`.
     """
 
     def __init__(
         self,
         settings: Settings,
         catalog: Catalog,
-        specs_of: Callable[[Settings], Sequence[ModelSpec]],
+        specs: Sequence[ModelSpec],
         threads: int | None,
     ) -> None:
         self.began_s = time.monotonic()
         """When loading began."""
-        self.bus, self.meter, self.specs_of = EventBus(), HardwareMeter(), specs_of
+        self.bus, self.meter = EventBus(), HardwareMeter()
         self.metrics, self.performance = Metrics(self.bus), Performance(self.bus)
         self._cache = make_answer_cache(settings.gateway.cache, home=settings.home)
         self._meters_always = settings.dispatch.policy == "resource_aware"
@@ -67,16 +64,27 @@ class ServerEngines:
         self.fleet: Fleet[ServedModel] = Fleet(
             self.builder.build, available_memory=available_memory_bytes, drain_timeout_s=_SWITCH_DRAIN_S
         )
-        specs = [complete(settings, spec) for spec in specs_of(settings)]
-        self._deployments = [self.builder.make(spec, self.builder.text_of(spec)) for spec in specs]
+        self._specs = [complete(settings, spec) for spec in specs]
+        self._deployments: list[Deployment[ServedModel]] = []
 
     @property
     def described(self) -> str:
         """What they begin with, for people."""
-        return ", ".join(_described(deployment.spec) for deployment in self._deployments)
+        return ", ".join(_described(spec) for spec in self._specs)
+
+    async def read_models(self) -> None:
+        """Read what is needed to start their engines.
+
+        Raises:
+            ModelFileError: a model's tokenizer or template cannot be read.
+            ConfigError, EngineStartError: see `DeploymentBuilder.build`.
+        """
+        for spec in self._specs:
+            text = await asyncio.to_thread(self.builder.text_of, spec)
+            self._deployments.append(self.builder.make(spec, text))
 
     async def start(self) -> None:
-        """Return when every model can answer.
+        """Name the models, and return when every one can answer.
 
         Raises:
             ConfigError: two models have one name.

@@ -15,11 +15,15 @@ from localmoe.catalog.catalog import Catalog
 from localmoe.cli.server_engines import ServerEngines
 from localmoe.cli.terminal import say
 from localmoe.config.settings import LoadedSettings, Settings
+from localmoe.core.errors import ConfigError
 from localmoe.core.imports import lasting_imports
 from localmoe.core.serving import ModelSpec
 
 if TYPE_CHECKING:
     from localmoe.cli.gateway import Gateway
+
+_BACKLOG = 2048
+"""Clients that may wait until we can answer."""
 
 
 async def serve_here(
@@ -34,32 +38,67 @@ async def serve_here(
     Args:
         specs_of: what settings say is to be served.
         threads: compute threads; None: as the settings say.
-        listener: bound; it listens once we can answer.
+        listener: bound.
 
     Raises:
         ConfigError: the address cannot be listened on, or nobody could show who they are.
         EngineStartError: no engine of a model could be started.
-        CancelledError: a signal said stop before there was a gateway.
     """
-    _stop_when_told()
-    engines = ServerEngines(loaded.settings, catalog, specs_of, threads)
+    try:
+        listener.listen(_BACKLOG)  # who comes before there is a gateway waits for the second that it takes
+    except OSError as error:
+        raise ConfigError(f"cannot listen: {error.strerror}; another server was faster") from error
+    signals = _Signals()
+    signals.take()
+    try:
+        await _serve(loaded, catalog, specs_of, threads, listener, signals)
+    except asyncio.CancelledError:
+        if not signals.have_said_stop:
+            raise
+
+
+async def _serve(
+    loaded: LoadedSettings,
+    catalog: Catalog,
+    specs_of: Callable[[Settings], Sequence[ModelSpec]],
+    threads: int | None,
+    listener: socket.socket,
+    signals: "_Signals",
+) -> None:
+    engines = ServerEngines(loaded.settings, catalog, specs_of(loaded.settings), threads)
     say(f"localmoe: loading {engines.described}")
     # What is open when engines end is ended by that, and may still be written down: the gateway is closed last.
     async with AsyncExitStack() as outliving, AsyncExitStack() as closing:
         closing.push_async_callback(engines.stop)
+        await engines.read_models()
         starting = asyncio.create_task(engines.start())
         closing.push_async_callback(_cancel, starting)
-        gateway = (await asyncio.to_thread(_gateway_class))(loaded, engines)
+        gateway_class = await asyncio.to_thread(_gateway_class)
+        if starting.done():
+            await starting  # nobody need come if it has failed
+        gateway = gateway_class(loaded, engines, specs_of)
         outliving.push_async_callback(gateway.close)
+        closing.callback(signals.take)  # the gateway has them meanwhile
         await gateway.serve(starting, listener)
 
 
-def _stop_when_told() -> None:
-    """By signals, until the gateway takes them."""
-    task = asyncio.current_task()
-    assert task is not None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+class _Signals:
+    """Those that say stop: they cancel the task that serves."""
+
+    def __init__(self) -> None:
+        self.have_said_stop = False
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+
+    def take(self) -> None:
+        """From whoever has them."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop)
+
+    def _stop(self) -> None:
+        self.have_said_stop = True
+        self._task.cancel()
 
 
 def _gateway_class() -> "type[Gateway]":

@@ -85,7 +85,9 @@ def refuse_odd_values(values: Any, where: str) -> None:
                     pass
                 case _:  # what YAML has beyond JSON
                     kind = type(value).__name__
-                    raise ConfigError(f"{at} is of YAML's type {kind!r}, as no setting is; if it is text, quote it")
+                    raise ConfigError(
+                        f"{at} is of YAML's type {kind!r}, as no setting is; if it is text, quote it"
+                    )
         if not inner:
             return
         level = inner

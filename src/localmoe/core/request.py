@@ -94,6 +94,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The answer must be complete within this time; None: the server's own bound."""
     adapter: str | None = None
     """Low-rank weights (LoRA) to add to the model's, by the name that engines know them by."""
+    cache_scope: str = ""
+    """Keys and values that an engine has computed for a prompt are used again for requests of the same scope only."""
     embed: bool = False
     """The prompt's embedding is wanted, and no tokens: `max_tokens` is 0, and the one chunk brings it."""
 

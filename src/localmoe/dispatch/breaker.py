@@ -58,8 +58,17 @@ class CircuitBreaker:
         """A request is tried; call one of the others when it ends."""
         self._probing = self._probing or self.state is BreakerState.HALF_OPEN
 
+    def begun(self, begun_s: float) -> None:
+        """The answer has begun. So a try need not end before others may follow; but the next failure opens it again.
+
+        Args:
+            begun_s: as of `failed`.
+        """
+        if self._opened_s is not None and begun_s >= self._opened_s:
+            self._opened_s, self._probing = None, False
+
     def succeeded(self) -> None:
-        """It was answered, or the answer has begun."""
+        """The answer is complete, or as much of it as was wanted."""
         self._num_failures, self._opened_s, self._probing = 0, None, False
 
     def failed(self, begun_s: float) -> None:

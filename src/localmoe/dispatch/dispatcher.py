@@ -96,6 +96,8 @@ class Dispatcher:
         self._starting: asyncio.Task[None] | None = None
         self._open_breakers: set[str] = set()
         self._refused: str | None = None
+        self._num_pausing = 0
+        """Requests between two attempts."""
 
     @property
     def is_ready(self) -> bool:
@@ -110,7 +112,7 @@ class Dispatcher:
     @property
     def num_open(self) -> int:
         """Requests that wait or are being answered."""
-        return self._room.num_waiting + self._room.num_running
+        return self._room.num_waiting + self._room.num_running + self._num_pausing
 
     def reconfigure(self, config: DispatchConfig, policy: Policy) -> None:
         """Go by other settings from now on; answers under way keep the time that they were given."""
@@ -159,15 +161,22 @@ class Dispatcher:
         answer = Answer(request, deadline_s=self._clock() + limit_s)
         while True:
             place = await self._enter(answer)
-            outcome = "abort"
+            outcome, has_begun = "abort", False
             try:
                 async with aclosing(self._attempt(place.replica, answer)) as chunks:
                     async for chunk in chunks:
+                        if not has_begun:
+                            has_begun = True
+                            place.replica.breaker.begun(place.begun_s)
                         if chunk.finish_reason is not None:
                             outcome = "complete"  # before the chunk goes: whoever has it need not ask for more
                             self._praise(place, answer)
+                            self._learn_length(answer)
                         yield chunk
                 return
+            except GeneratorExit:  # no more is wanted of what comes, as behind a stop sequence
+                self._praise(place, answer)
+                raise
             except LocalMoEError as error:
                 failure = error
                 outcome = "deadline" if isinstance(error, DeadlineExceededError) else "failed"
@@ -202,7 +211,7 @@ class Dispatcher:
         request = answer.rest()
         known = self._known_tokens(request).get(replica.name, 0)
         if not request.embed:
-            self._prefixes.record(request.prompt_ids, replica.name)
+            self._prefixes.record(request.prompt_ids, replica.name, scope=request.cache_scope)
         pace = Pace(
             replica,
             request,
@@ -225,6 +234,9 @@ class Dispatcher:
                     yield answer.take(chunk, replica.name, self._clock())
                     if chunk.finish_reason is not None:
                         return
+                    if self._clock() >= answer.deadline_s:
+                        # With a reader that is slower than the engine, no chunk has to be waited for.
+                        raise DeadlineExceededError("the answer was not complete in time")
         except asyncio.CancelledError:
             limit_s = silence.exceeded()
             if limit_s is None:
@@ -272,11 +284,13 @@ class Dispatcher:
         ]
 
     def _praise(self, place: Place, answer: Answer) -> None:
-        """The answer is complete; those who failed on it are to blame after all."""
+        """It could be answered; those who failed on it are to blame after all."""
         place.replica.breaker.succeeded()
         for suspect, begun_s in answer.suspects:
             suspect.breaker.failed(begun_s)
         self._say_breakers()
+
+    def _learn_length(self, answer: Answer) -> None:
         before, count = self._answer_tokens, answer.num_tokens
         if not answer.request.embed:
             self._answer_tokens = count if before is None else before + _SMOOTHING * (count - before)
@@ -311,7 +325,11 @@ class Dispatcher:
         pause_s = self._config.retry_backoff_s * 2 ** (answer.num_attempts - 1)
         if self._clock() + pause_s >= answer.deadline_s:
             raise failure
-        await asyncio.sleep(pause_s)
+        self._num_pausing += 1
+        try:
+            await asyncio.sleep(pause_s)
+        finally:
+            self._num_pausing -= 1
         answer.failed.clear()
 
     def _say_resumed(self, replica: Replica, answer: Answer) -> None:
@@ -360,7 +378,9 @@ class Dispatcher:
 
     def _known_tokens(self, request: Request) -> Mapping[str, int]:
         """By engine, prompt tokens that it need not compute again; an embedding needs all, and leaves none behind."""
-        return {} if request.embed else self._prefixes.known_tokens(request.prompt_ids)
+        if request.embed:
+            return {}
+        return self._prefixes.known_tokens(request.prompt_ids, scope=request.cache_scope)
 
     def _expected_tokens(self, most: int) -> float:
         """Of an answer that may have so many more: most that may be long are not."""

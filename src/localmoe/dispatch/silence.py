@@ -44,18 +44,25 @@ class SilenceTimer:
     def end(self) -> None:
         """A chunk has come."""
         self._is_waiting = False
+        self._take_back()  # where it came in spite of us
 
     def exceeded(self) -> float | None:
         """The limit in seconds, if the wait was cancelled for it; None: somebody else did, and is to be obeyed."""
         self._is_waiting = False
-        # As asyncio.timeout does it.
-        if self._exceeded_s is None or self._task is None or self._task.uncancel() > self._num_cancelled:
-            return None
-        return self._exceeded_s
+        limit_s = self._exceeded_s
+        return limit_s if self._take_back() else None
+
+    def _take_back(self) -> bool:
+        """Our cancellation, as asyncio.timeout does it; False where there is none, or another one with it."""
+        if self._exceeded_s is None or self._task is None:
+            return False
+        self._exceeded_s = None
+        return self._task.uncancel() <= self._num_cancelled
 
     def close(self) -> None:
         """Nobody waits any more."""
         self._is_waiting = False
+        self._take_back()  # where the engine made something else of it
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

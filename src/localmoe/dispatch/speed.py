@@ -19,7 +19,7 @@ _RIDGE = 1e-4
 """Of a feature's own weight: keeps a fit unique where features never varied, or only together."""
 _NO_WEIGHT = 1e-12
 _LEVEL_SMOOTHING = 0.05
-"""A level takes more than half of a change, since it is quicker than the fits; the higher, the more noise sways it."""
+"""A level takes more than half of a change, since it is quicker than the fits; with more, noise would sway it."""
 _LEVEL_RETURN = 0.0005
 """What a level loses to this is made up for by the next observations, but for a third: half of a change is in the
 weights after some 3500 observations, which is longer than a busy minute."""

@@ -162,7 +162,7 @@ class WaitingRoom:
         """A place, if there is one for it.
 
         Raises:
-            OverloadedError: there is, but the answer would not be complete in time.
+            OverloadedError: there is, but the answer would not be complete in time, there or elsewhere.
         """
         request, left_s = wish.request, wish.deadline_s - self._clock()
         healthy = [replica for replica in self._replicas if replica.is_healthy and replica.suits(request)]
@@ -171,14 +171,13 @@ class WaitingRoom:
         free = [replica for replica in wanted if replica.is_free]
         if not free:
             return None
-        takes_s, caution = self._predict(free, request), self._caution_for(request)
+        takes_s, caution = self._predict(wanted, request), self._caution_for(request)
+        in_time = [replica for replica in wanted if caution * takes_s[replica.name] <= left_s]
         # One that has nothing to do is always tried: a prediction that keeps everybody out would never be mended.
-        able = [
-            replica
-            for replica in free
-            if wish.is_accepted or not replica.num_running or caution * takes_s[replica.name] <= left_s
-        ]
+        able = [r for r in free if wish.is_accepted or not r.num_running or r in in_time]
         if not able:
+            if in_time:
+                return None  # they are full, which the others need not be
             raise _too_late(caution * min(takes_s.values()), left_s)
         replica = self._choose(able, request)
         replica.num_running += 1

@@ -11,8 +11,10 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-ROOT = b""
-"""Name of the empty prefix."""
+
+def root_name(scope: str) -> bytes:
+    """Name of the empty prefix, another one in each scope."""
+    return hashlib.sha256(scope.encode()).digest()
 
 
 def block_name(parent: bytes, token_ids: Sequence[int]) -> bytes:

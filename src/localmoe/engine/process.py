@@ -111,7 +111,7 @@ def main() -> None:
             logger.exception("the engine could not start")
         say(StartFailed(message=str(error) or type(error).__name__))
         lifeline.join()  # the client ends us once it has read why
-    # What has been loaded stays, too.
+    # What has been loaded stays for good, so the garbage collector need not look at it.
     gc.freeze()
     say(Ready())
     serve(engine, socket)

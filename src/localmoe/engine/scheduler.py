@@ -21,7 +21,7 @@ from localmoe.core.errors import EngineFaultError, OverloadedError
 from localmoe.core.plans import BatchPlan, SequenceStep, StepResult
 from localmoe.core.protocols import TokenMatcher
 from localmoe.core.request import FinishReason, Request, RequestFailed, TokenChunk, TokenLogprob, Usage
-from localmoe.engine.block_pool import ROOT, BlockPool, block_name
+from localmoe.engine.block_pool import BlockPool, block_name, root_name
 from localmoe.engine.config import EngineConfig
 from localmoe.engine.embedding import added, embedding
 from localmoe.engine.speculation import MAX_STEP_TOKENS, PromptLookup, SpeculationController
@@ -70,7 +70,7 @@ class _Sequence:
         """Names of its first `count` blocks. Known tokens never change, so each is computed once."""
         while len(self.names) < count:
             start = len(self.names) * block_tokens
-            parent = self.names[-1] if self.names else ROOT
+            parent = self.names[-1] if self.names else root_name(self.request.cache_scope)
             self.names.append(block_name(parent, self.tokens(start, start + block_tokens)))
         return self.names[:count]
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -28,6 +29,8 @@ MAX_TOKENS = 2**31 - 1
 """Far over any context, which is the bound that counts."""
 MAX_TOKEN_IDS = 2**20
 """In one list from a client; over any context, and still checked within a fraction of a second."""
+MAX_PARTS_TOGETHER = 2**14
+"""Objects and lists in all messages of a request. Each takes some ten microseconds, in which nobody is served."""
 MIN_TEMPERATURE = 1e-5
 """Below it, dividing logits could overflow, and the likeliest token would be drawn anyway."""
 MAX_N = 64
@@ -57,6 +60,23 @@ Metadata = Annotated[
     ],
     Field(max_length=16, fail_fast=True),
 ]
+
+
+def _check_num_parts(value: Any) -> Any:
+    num_parts, pending = 0, [value]
+    while pending:
+        outer = pending.pop()
+        inner = outer.values() if isinstance(outer, dict) else outer
+        nested = [one for one in inner if isinstance(one, dict | list)]
+        pending += nested
+        num_parts += len(nested)
+        if num_parts > MAX_PARTS_TOGETHER:
+            raise InvalidRequestError(f"more than {MAX_PARTS_TOGETHER} parts are in it")
+    return value
+
+
+BOUNDED = BeforeValidator(lambda value: _check_num_parts(value) if isinstance(value, list) else value)
+"""Of lists of messages: each has a bound, and so have all parts of all of them."""
 
 
 def is_list(value: Any) -> str:

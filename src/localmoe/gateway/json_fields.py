@@ -10,6 +10,7 @@ from localmoe.core.errors import InvalidRequestError
 
 MAX_JSON_BYTES = 2**16
 MAX_JSON_DEPTH = 32
+_MAX_INTEGER = 2**63
 _TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
@@ -17,7 +18,8 @@ _SCHEMAS = ("items", "additionalProperties", "not", "if", "then", "else", "conta
 
 
 def check_json(value: Any) -> Any:
-    """Give the value back, or raise InvalidRequestError where it is too large or too deep, or no JSON."""
+    """Give the value back, or raise InvalidRequestError where it is too large or too deep, or no JSON, or has an
+    integer of more than 64 bits."""
     _check_shape(value)
     try:
         num_bytes = len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
@@ -95,6 +97,8 @@ def _check_shape(value: Any) -> None:
         num_values += len(level)
         if num_values > MAX_JSON_BYTES:
             raise InvalidRequestError(f"its JSON has more than the {MAX_JSON_BYTES} bytes allowed")
+        if any(isinstance(one, int) and not -_MAX_INTEGER <= one < _MAX_INTEGER for one in level):
+            raise InvalidRequestError("it has an integer of more than 64 bits")
         level = [
             inner
             for outer in level

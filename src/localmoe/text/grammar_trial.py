@@ -29,7 +29,7 @@ STACK_BYTES = 1 << 21
 """A quarter of what engines have to compile with, those that are not ours too."""
 MAX_BYTES = 1 << 28
 """Address space, of which the interpreter and the compiler take a part."""
-TOO_MUCH = "it takes too much time or memory to compile; make it smaller"
+_TOO_MUCH = "it takes too much time or memory to compile; make it smaller"
 
 
 def tried(tokenizer: LLTokenizer, question: bytes) -> bytes:
@@ -45,7 +45,7 @@ def tried(tokenizer: LLTokenizer, question: bytes) -> bytes:
     if status == 0:
         return said
     is_late = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
-    return msgspec.json.encode(None if is_late else TOO_MUCH)
+    return msgspec.json.encode(None if is_late else _TOO_MUCH)
 
 
 def _try(tokenizer: LLTokenizer, question: bytes, writing: int) -> None:

@@ -1,6 +1,7 @@
 """A backend on a vLLM server that runs already: what is checked, what is noticed, and that it comes back."""
 
 import asyncio
+import contextlib
 import stat
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -141,6 +142,20 @@ async def test_a_server_that_hangs_fails_its_requests_and_is_connected_with_agai
                 await asyncio.sleep(0.05)
         assert await answer(backend) == [5, 6, 7]
     assert len(restarts) == 1
+
+
+async def test_clients_in_a_hurry_find_out_a_server_that_hangs_too(fake: FakeVllm) -> None:
+    async with running(fake, hang_timeout_s=0.6) as backend:
+
+        async def hangs(*_: Any) -> Any:
+            await asyncio.sleep(60)
+
+        fake.answer = hangs
+        async with asyncio.timeout(20):
+            while backend.is_ready:
+                with contextlib.suppress(TimeoutError, EngineDiedError):
+                    async with asyncio.timeout(0.25):
+                        await answer(backend)
 
 
 async def test_a_server_that_computes_for_others_does_not_hang(fake: FakeVllm) -> None:

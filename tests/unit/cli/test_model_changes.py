@@ -1,5 +1,6 @@
 """From one configuration's models to another's: what differs is changed, and if that fails, changed back."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -35,7 +36,7 @@ class FakeFleet:
 
     specs: dict[str, ModelSpec]
     done: list[str] = field(default_factory=list)
-    failures: dict[str, Exception] = field(default_factory=dict)
+    failures: dict[str, BaseException] = field(default_factory=dict)
     capacity: int = 100
 
     @property
@@ -165,6 +166,15 @@ async def test_if_one_fails_all_are_as_they_were() -> None:
     assert fleet.done == ["switch a", "amend b", "load c", "amend b", "switch a"]
     assert fleet.specs == specs
     assert fleet.settings is before  # type: ignore[attr-defined]
+
+
+async def test_a_server_that_ends_in_the_middle_starts_nothing() -> None:
+    before = settings_of(A, B, C)
+    fleet = started(before)
+    fleet.failures["unload c"] = asyncio.CancelledError()
+    with pytest.raises(asyncio.CancelledError):
+        await change(fleet, before, settings_of(A))
+    assert fleet.done == ["unload b", "unload c"]
 
 
 async def test_what_leaves_makes_room_and_comes_back() -> None:

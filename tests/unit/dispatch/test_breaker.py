@@ -77,6 +77,21 @@ def test_then_one_request_tries(breaker: CircuitBreaker, clock: FakeClock) -> No
     assert breaker.state is BreakerState.CLOSED  # the count began anew
 
 
+def test_a_try_whose_answer_begins_lets_others_in_but_not_for_long(
+    breaker: CircuitBreaker, clock: FakeClock
+) -> None:
+    fail(breaker, clock, 3)
+    late_s = clock.now_s - 0.5
+    clock.now_s += 60.0
+    breaker.begin()
+    breaker.begun(late_s)  # of an answer from before it opened
+    assert (breaker.state, breaker.admits) == (BreakerState.HALF_OPEN, False)
+    breaker.begun(clock.now_s)
+    assert (breaker.state, breaker.admits) == (BreakerState.CLOSED, True)
+    fail(breaker, clock)
+    assert breaker.state is BreakerState.OPEN
+
+
 def test_one_failed_try_opens_it_again_for_as_long(breaker: CircuitBreaker, clock: FakeClock) -> None:
     fail(breaker, clock, 3)
     clock.now_s += 60.0

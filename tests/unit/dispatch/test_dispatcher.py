@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -40,6 +41,19 @@ def faults(after_tokens: int) -> ScriptedBackend:
     return ScriptedBackend(
         SCRIPT, failure=ScriptedFailure(error=EngineFaultError("not a number"), after_tokens=after_tokens)
     )
+
+
+class FakeMortal(ScriptedBackend):
+    """Dies of its next request when it is told to, and is there again."""
+
+    is_dying = False
+
+    async def generate(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
+        if self.is_dying:
+            raise EngineDiedError("killed")
+        async with aclosing(super().generate(request)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
 
 async def chunks_of(dispatcher: Dispatcher, asked: Request) -> list[TokenChunk]:
@@ -120,6 +134,19 @@ async def test_a_single_engine_that_comes_back_goes_on() -> None:
     assert len(of(events, StreamResumed)) == 1
 
 
+async def test_a_request_is_open_while_its_engine_is_waited_for() -> None:
+    """Or a model that is unloaded would be stopped meanwhile."""
+    engine = FakeMortal(SCRIPT)
+    engine.is_dying = True
+    async with dispatching({"a": engine}, retry_backoff_s=0.2) as (dispatcher, _):
+        answering = asyncio.create_task(tokens_of(dispatcher, request()))
+        await asyncio.sleep(0.05)
+        engine.is_dying = False
+        assert dispatcher.num_open == 1
+        assert await answering == SCRIPT
+        assert dispatcher.num_open == 0
+
+
 async def test_so_many_engines_are_tried_and_no_more() -> None:
     engines = {name: dies(0) for name in "abcd"}
     async with dispatching(engines, max_attempts=3) as (dispatcher, events):
@@ -191,6 +218,74 @@ async def test_nobody_waits_past_the_deadline() -> None:
             assert time.monotonic() - started < 1
             assert [event.outcome for event in of(events, EngineAnswered)] == ["deadline"]
             assert dispatcher.num_open == 0
+
+
+async def test_an_engine_whose_answers_are_ended_early_is_as_good_as_others() -> None:
+    """As behind stop sequences: whoever reads has enough."""
+
+    async def read_some(dispatcher: Dispatcher) -> None:
+        async with aclosing(dispatcher.generate(request())) as chunks:
+            await anext(chunks)
+
+    engine = FakeMortal(SCRIPT)
+    async with dispatching({"a": engine}, breaker_failures=2, max_attempts=1) as (dispatcher, _):
+        for _ in range(4):
+            engine.is_dying = True
+            with pytest.raises(EngineDiedError):
+                await chunks_of(dispatcher, request())
+            engine.is_dying = False
+            await read_some(dispatcher)
+        assert dispatcher.is_ready
+
+
+async def test_an_engine_that_is_tried_again_is_open_to_all_once_it_answers() -> None:
+    engine = FakeMortal(SCRIPT)
+    async with dispatching({"a": engine}, breaker_failures=1, max_attempts=1) as (dispatcher, events):
+        engine.is_dying = True
+        with pytest.raises(EngineDiedError):
+            await chunks_of(dispatcher, request())
+        assert not dispatcher.is_ready
+        engine.is_dying = False
+        await asyncio.sleep(0.25)
+        async with aclosing(dispatcher.generate(request())) as chunks:
+            await anext(chunks)
+            answers = await asyncio.gather(*(tokens_of(dispatcher, request()) for _ in range(2)))
+        assert answers == [SCRIPT, SCRIPT]
+    assert [event.is_open for event in of(events, BreakerChanged)] == [True, False]
+
+
+async def test_who_reads_slowly_is_not_answered_past_the_deadline() -> None:
+    """Though no chunk has to be waited for."""
+    async with dispatching({"a": ScriptedBackend(SCRIPT)}) as (dispatcher, _):
+        num_read = 0
+
+        async def read_slowly() -> None:
+            nonlocal num_read
+            async with aclosing(dispatcher.generate(request(timeout_s=0.3))) as chunks:
+                async for _ in chunks:
+                    num_read += 1
+                    await asyncio.sleep(0.1)
+
+        with pytest.raises(DeadlineExceededError):
+            await read_slowly()
+        assert 2 <= num_read <= 4
+        assert dispatcher.num_open == 0
+
+
+async def test_who_would_be_in_time_in_an_engine_that_is_full_waits_for_it() -> None:
+    """Though a slow one has a place."""
+    fast, slow = (
+        ScriptedBackend(SCRIPT, delay_s=0.01, capacity=1),
+        ScriptedBackend(SCRIPT, delay_s=0.1, capacity=2),
+    )
+    async with dispatching({"fast": fast, "slow": slow}) as (dispatcher, events):
+        while any(not one.speed.is_known or one.num_running for one in dispatcher.replicas):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)  # they are measured in the background
+        busy = [asyncio.create_task(tokens_of(dispatcher, request(engine=name))) for name in ("fast", "slow")]
+        await asyncio.sleep(0.02)
+        assert await tokens_of(dispatcher, request(timeout_s=0.9)) == SCRIPT
+        await asyncio.gather(*busy)
+    assert [event.engine for event in of(events, EngineAnswered)] == ["fast", "fast", "slow"]
 
 
 async def test_clients_in_a_hurry_close_nothing() -> None:

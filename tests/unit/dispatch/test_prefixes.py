@@ -32,6 +32,13 @@ def test_a_block_is_known_only_after_what_came_before_it() -> None:
     assert known.known_tokens(prompt(256)[64:]) == {}
 
 
+def test_scopes_are_told_apart() -> None:
+    known = PrefixMap()
+    known.record(prompt(256), "a", scope="x")
+    assert known.known_tokens(prompt(256), scope="y") == known.known_tokens(prompt(256)) == {}
+    assert known.known_tokens(prompt(256), scope="x") == {"a": 256}
+
+
 def test_engines_are_told_apart() -> None:
     known = PrefixMap()
     known.record(prompt(256), "a")

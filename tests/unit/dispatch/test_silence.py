@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 import pytest
 
@@ -55,6 +55,17 @@ async def test_what_does_not_come_is_given_up_and_nothing_else_is_cancelled() ->
     assert task is not None
     assert not task.cancelling()
     await asyncio.sleep(0)
+
+
+async def test_where_an_engine_makes_an_error_of_it_the_task_is_not_left_cancelled() -> None:
+    silence = timer(lambda since_s: 0.01)
+    silence.begin()
+    with suppress(asyncio.CancelledError):
+        await asyncio.sleep(60)
+    silence.close()
+    task = asyncio.current_task()
+    assert task is not None
+    assert not task.cancelling()
 
 
 async def test_the_time_between_waits_does_not_count() -> None:

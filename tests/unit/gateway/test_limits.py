@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from localmoe.core.current import Current
-from localmoe.core.errors import BackendUnavailableError, RateLimitedError
+from localmoe.core.errors import (
+    BackendUnavailableError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    LocalMoEError,
+    RateLimitedError,
+)
 from localmoe.core.events import RequestFinished
 from localmoe.core.identity import Principal, RateLimits, Role
 from localmoe.gateway.config import GatewayConfig
@@ -168,6 +174,42 @@ async def test_tokens_of_prompts_and_answers(clock: Clock) -> None:
         await generate(limiter, 1, 0)
     assert refused.value.kind == "tokens"
     assert refused.value.retry_after_s > 60  # not only this window is full
+
+
+@pytest.mark.parametrize(
+    ("error", "num_tokens", "left"),
+    [
+        (BackendUnavailableError("gone"), 0, 1000),
+        (InvalidRequestError("no"), 0, 1000),
+        (InvalidRequestError("a grammar without an end"), 5, 895),
+        (DeadlineExceededError("in a hurry"), 0, 900),
+        (DeadlineExceededError("in a hurry"), 5, 895),
+    ],
+)
+async def test_what_was_computed_is_not_given_back(
+    clock: Clock, error: LocalMoEError, num_tokens: int, left: int
+) -> None:
+    limiter = limiter_of(requests_per_minute=0, tokens_per_minute=1000)
+    exchange = Exchange(request_id="r", rule=AccessTable().rule("POST", "/v1/completions"), principal=ALICE)
+    exchange.ticket = await limiter.begin(ALICE)
+    with bound(exchange), contextlib.suppress(LocalMoEError):
+        async with metered(100, 10):
+            note_event(finished(num_tokens))
+            raise error
+    exchange.ticket.end()
+    await limiter.drain()
+    assert await remaining(limiter, "tokens") == left
+
+
+async def test_work_that_goes_on_keeps_its_place() -> None:
+    limiter = limiter_of(requests_per_minute=0, concurrent_requests=1)
+    ticket = await limiter.begin(ALICE)
+    ticket.hold()
+    ticket.end()
+    with pytest.raises(RateLimitedError):
+        await limiter.begin(ALICE)
+    ticket.end()
+    (await limiter.begin(ALICE)).end()
 
 
 async def test_a_burst_counts_before_it_is_answered(clock: Clock) -> None:

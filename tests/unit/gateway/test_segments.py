@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from localmoe.core.errors import EngineFaultError
 from localmoe.core.request import FinishReason, TokenLogprob, ToolCallDelta
 from localmoe.gateway.answering.generation import ChoiceDelta, ScoredToken
 from localmoe.gateway.answering.segments import Begin, End, Grow, Segmenter, SegmentKind, Step
@@ -33,6 +34,13 @@ def delta(
 
 def call(index: int, name: str, arguments: str = "") -> ToolCallDelta:
     return ToolCallDelta(index=index, id=f"call_{index}", name=name, arguments=arguments)
+
+
+def test_calls_that_are_sent_in_turns_are_an_engines_fault() -> None:
+    with pytest.raises(EngineFaultError, match="after it had begun another"):
+        steps_of(
+            delta(calls=(call(0, "look"), call(1, "go"))), delta(calls=(ToolCallDelta(index=0, arguments="}"),))
+        )
 
 
 def steps_of(*deltas: ChoiceDelta, shows_reasoning: bool = True) -> list[Step]:

@@ -1,6 +1,7 @@
 """A conversation to be answered, whichever API it came by: from messages and tools to what engines are asked."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -295,8 +296,8 @@ def _source_parameters(conversation: Conversation) -> Iterator[tuple[str, Any]]:
 def check_tool_names(tools: Sequence[Mapping[str, Any]], forced: str | None, *, choice_field: str) -> None:
     """Raise InvalidRequestError for two tools of one name, and for a choice of none of them."""
     names = [tool["function"]["name"] for tool in tools]
-    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
-    if twice is not None:
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
         raise InvalidRequestError(f"two tools have the name {twice!r}", param="tools")
     if forced is not None and forced not in names:
         raise InvalidRequestError(f"{forced!r} is none of the tools", param=choice_field)

@@ -12,7 +12,7 @@ from queue import LifoQueue
 
 import msgspec
 
-from localmoe.core.errors import GatewayOverloadedError, InvalidRequestError
+from localmoe.core.errors import GatewayOverloadedError, InvalidRequestError, OverloadedError
 from localmoe.core.request import Grammar
 from localmoe.text.sandbox_process import SandboxProcess
 
@@ -90,6 +90,8 @@ class GrammarChecker:
         process = self._processes.get_nowait()  # there are as many as threads
         try:
             answer = process.ask(msgspec.json.encode(grammar))
+        except OverloadedError as error:  # for other models it is no different
+            raise GatewayOverloadedError(str(error)) from error
         finally:
             self._processes.put(process)
         return None if answer is None else msgspec.json.decode(answer, type=str | None)

@@ -1,6 +1,7 @@
 """From API fields to `core.SamplingParams`: defaults, and the checks that need to know the model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
 
@@ -89,18 +90,26 @@ def of_answer(first: SamplingParams, place: int) -> SamplingParams:
     return msgspec.structs.replace(first, seed=seed, prompt_logprobs=None)
 
 
-def check_num_logprobs(choices: Sequence[Choice], *, echo: bool, limit: int) -> None:
-    """Raise InvalidRequestError for more log-probabilities than one request may ask for.
+def bounded_logprobs(
+    choices: Sequence[Choice], *, echo: bool, limit: int, max_tokens_given: bool
+) -> Sequence[Choice]:
+    """The choices, such that they have no more log-probabilities than one request may ask for.
 
     Args:
         echo: prompts are reported too, with every choice.
+        max_tokens_given: otherwise answers may be made shorter.
+
+    Raises:
+        InvalidRequestError: they have more.
     """
     alternatives = choices[0].request.sampling.logprobs
     if alternatives is None:
-        return
-    num_tokens = sum(
-        choice.request.sampling.max_tokens + (len(choice.request.prompt_ids) if echo else 0) for choice in choices
-    )
+        return choices
+    num_echoed = sum(len(choice.request.prompt_ids) for choice in choices) if echo else 0
+    if not max_tokens_given:
+        most = max(1, (limit // (alternatives + 1) - num_echoed) // len(choices))
+        choices = [_shortened(choice, most) for choice in choices]
+    num_tokens = num_echoed + sum(choice.request.sampling.max_tokens for choice in choices)
     if num_tokens * (alternatives + 1) > limit:
         raise InvalidRequestError(
             f"logprobs: up to {num_tokens} tokens with {alternatives} alternatives each are"
@@ -108,6 +117,13 @@ def check_num_logprobs(choices: Sequence[Choice], *, echo: bool, limit: int) -> 
             " Ask for fewer alternatives, a lower max_tokens, or fewer prompts or answers.",
             param="logprobs",
         )
+    return choices
+
+
+def _shortened(choice: Choice, max_tokens: int) -> Choice:
+    request = choice.request
+    sampling = msgspec.structs.replace(request.sampling, max_tokens=min(max_tokens, request.sampling.max_tokens))
+    return replace(choice, request=msgspec.structs.replace(request, sampling=sampling))
 
 
 def check_token_id(token_id: int, model: ServedModel, *, param: str) -> None:

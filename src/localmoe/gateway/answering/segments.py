@@ -7,6 +7,7 @@ from enum import Enum, auto
 
 import msgspec
 
+from localmoe.core.errors import EngineFaultError
 from localmoe.core.request import ToolCallDelta
 from localmoe.gateway.answering.generation import ChoiceDelta, ScoredToken
 
@@ -105,8 +106,10 @@ class Segmenter:
     def _push_call(self, call: ToolCallDelta) -> list[Step]:
         steps: list[Step] = []
         if call.index != self._call:
-            assert call.id is not None, "a call begins with its id and its name"
-            assert call.name is not None
+            if (
+                call.id is None or call.name is None
+            ):  # a server elsewhere does not send its calls one after the other
+                raise EngineFaultError("the engine went on with a tool call after it had begun another")
             steps += self._begin(Begin(kind=SegmentKind.TOOL_CALL, call_id=call.id, name=call.name))
             self._call = call.index
         if call.arguments:

@@ -7,8 +7,9 @@ from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, mode
 from typing_extensions import TypedDict
 
 from localmoe.core.errors import InvalidRequestError, UnsupportedFieldError
-from localmoe.gateway.answering.conversation import MAX_TOOLS, check_tool_names
+from localmoe.gateway.answering.conversation import check_tool_names
 from localmoe.gateway.fields import (
+    BOUNDED,
     MAX_STOPS,
     MAX_TOKENS,
     UNICODE,
@@ -20,7 +21,7 @@ from localmoe.gateway.fields import (
 )
 from localmoe.gateway.json_fields import JsonObject, ObjectSchema
 from localmoe.gateway.kinds import kind_of, refuse_other_kinds
-from localmoe.gateway.openai.chat_messages import MAX_MESSAGES, MAX_PARTS, CallId, FunctionName
+from localmoe.gateway.openai.chat_messages import MAX_MESSAGES, MAX_PARTS, CalledName, CallId
 
 
 class TextInput(ApiModel):
@@ -94,7 +95,7 @@ class ToolUseInput(ApiModel):
 
     type: Literal["tool_use"]
     id: CallId
-    name: FunctionName
+    name: CalledName
     input: Annotated[dict[str, Any], AfterValidator(_check_input)]
 
 
@@ -139,6 +140,9 @@ InputContent = Annotated[
     | Annotated[list[InputBlock], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<list>")],
     Discriminator(is_list),
 ]
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
+_MAX_TOOLS = 1024
+"""Agents name those of all their servers."""
 _ROLES = {
     "user": ("text", "image", "tool_result"),
     "assistant": ("text", "thinking", "redacted_thinking", "tool_use"),
@@ -180,7 +184,7 @@ class Tool(ApiModel):
     }
 
     type: Literal["custom"] | None = None
-    name: FunctionName
+    name: ToolName
     description: Text | None = None
     input_schema: ObjectSchema = Field(description="JSON Schema of an object.")
     strict: bool | None = Field(default=None, description="Calls follow the schema, whatever the model would say.")
@@ -200,7 +204,7 @@ class ToolChoice(ApiModel):
     """Whether tools are to be called: as the model likes, some tool, this tool, or none."""
 
     type: Literal["auto", "any", "tool", "none"]
-    name: FunctionName | None = Field(default=None, description="With type `tool`.")
+    name: ToolName | None = Field(default=None, description="With type `tool`.")
     disable_parallel_tool_use: bool | None = Field(default=None, description="At most one call.")
 
     @model_validator(mode="after")
@@ -251,7 +255,7 @@ class PromptFields(ApiModel):
     IGNORED: ClassVar[tuple[str, ...]] = ("cache_control", "context_management", "speed")
 
     model: ModelId = Field(description="A name from `/v1/models`.")
-    messages: Annotated[list[InputMessage], Field(fail_fast=True)] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), BOUNDED]
     system: (
         Annotated[
             Annotated[Text, Tag("<text>")]
@@ -260,7 +264,7 @@ class PromptFields(ApiModel):
         ]
         | None
     ) = None
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(default=None, max_length=MAX_TOOLS)
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(default=None, max_length=_MAX_TOOLS)
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None

@@ -15,8 +15,9 @@ class CacheConfig:
     """Off unless asked for: whoever measures, or asks the same twice to see whether it comes out the same, expects
     the model to answer."""
     shared: bool = False
-    """Whether one principal's requests are answered with what another's were. Then how fast an answer comes tells
-    whether somebody has asked before."""
+    """Whether one principal's requests are answered with what another's were, and engines use again what they have
+    computed of another's prompts, enabled or not. Then how fast an answer comes tells whether somebody has asked
+    before."""
     max_entry_bytes: int = 1 << 20
     """Longer answers are not kept."""
     memory_bytes: int = 64 * 2**20

@@ -14,6 +14,7 @@ from localmoe.gateway.jobs.config import JobsConfig
 from localmoe.gateway.jobs.folder import FileFolder, FileWriter, new_file_id
 
 _MAX_ERRORS = 100
+_MAX_BLANK_LINES = 10_000
 """Told of one file."""
 _MAX_CUSTOM_ID_CHARS = 512
 _PAGE_LINES, _PAGE_BYTES = 200, 8 * 2**20
@@ -191,16 +192,20 @@ class BatchFiles:
         return None
 
     def _lines(self, path: Path) -> Iterator[tuple[int, bytes]]:
-        """Lines that are not blank, with their numbers from 1; of one that is too long, the beginning."""
+        """Lines with their numbers from 1, but for blank ones, as long as those are not too many; of one that is too
+        long, the beginning."""
         size = self._max_line_bytes + 2
         with open(path, "rb") as file:
             number = 0
+            num_blank = 0
             while line := file.readline(size):
                 number += 1
                 rest = line
                 while len(rest) == size and not rest.endswith(b"\n"):
                     rest = file.readline(size)
-                if stripped := line.strip().removeprefix(b"\xef\xbb\xbf"):
+                stripped = line.strip().removeprefix(b"\xef\xbb\xbf")
+                num_blank += not stripped
+                if stripped or num_blank > _MAX_BLANK_LINES:
                     yield number, stripped
 
     def _pages(self, path: Path) -> Iterator[list[NewItem]]:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, Response
 
-from localmoe.core.errors import InvalidRequestError, NotFoundError, QuotaExceededError, RequestTooLargeError
+from localmoe.core.errors import InvalidRequestError, NotFoundError, RequestTooLargeError
 from localmoe.core.jobs import FileQuery, FileRecord
 from localmoe.gateway.errors import ApiError
 from localmoe.gateway.exchange import CLIENT_LEFT, current_principal
@@ -160,26 +160,21 @@ async def find_file(folder: FileFolder, file_id: str, *, param: str = "file_id")
     return record
 
 
-async def _check_declared(request: Request, folder: FileFolder, owner_id: str, max_file_bytes: int) -> None:
-    """Refuse what says itself that there is no room for it, before it comes."""
+def _declared_bytes(request: Request) -> int:
+    """Of the file at least, as far as is known before it comes."""
     declared = request.headers.get("content-length", "0")
-    num_bytes = int(declared[:20]) - _FORM_BYTES if declared.isdecimal() else 0
-    if num_bytes > max_file_bytes:
-        raise RequestTooLargeError(f"the file is larger than the {max_file_bytes} bytes allowed")
-    if num_bytes > 0 and await folder.store.num_bytes(owner_id) + num_bytes > folder.max_owner_bytes:
-        raise QuotaExceededError(
-            f"with this file, yours would be more than the {folder.max_owner_bytes} bytes that you may keep here;"
-            " delete some first"
-        )
+    return max(0, int(declared[:20]) - _FORM_BYTES) if declared.isdecimal() else 0
 
 
 async def _upload(request: Request, folder: FileFolder, config: JobsConfig) -> FileObject | Response:
     """Keep what a form brings; nothing of it is kept if that cannot be done whole."""
     owner_id = current_principal().id
-    await _check_declared(request, folder, owner_id, config.max_file_bytes)
+    if (declared_bytes := _declared_bytes(request)) > config.max_file_bytes:
+        raise RequestTooLargeError(f"the file is larger than the {config.max_file_bytes} bytes allowed")
     file_id = new_file_id()
+    upload = folder.upload(file_id, owner_id, least_bytes=declared_bytes)
     try:
-        async with asyncio.timeout(config.upload_timeout_s), folder.write(file_id) as writer:
+        async with asyncio.timeout(config.upload_timeout_s), upload as writer:
             form = await UploadReader(writer, max_file_bytes=config.max_file_bytes).read(request)
             purpose, lifetime_s = _checked(form)
     except ClientDisconnect:

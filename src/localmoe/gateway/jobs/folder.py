@@ -12,7 +12,8 @@ import os
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -46,21 +47,61 @@ class FileFolder:
         self.max_owner_bytes = max_owner_bytes
         self._directory = directory
         self._next_tidy_s = 0.0
+        self._coming_bytes: Counter[str] = Counter()
+        """By owner, of files that are being written."""
 
     def path(self, file_id: str) -> Path:
         """Where a file's contents are. The id is one that the store knows, never merely what a client has sent."""
         return self._directory / file_id
 
     @asynccontextmanager
-    async def write(self, file_id: str) -> AsyncIterator["FileWriter"]:
+    async def upload(self, file_id: str, owner_id: str, *, least_bytes: int) -> AsyncIterator["FileWriter"]:
+        """A new file of a client's, as `write`.
+
+        Args:
+            least_bytes: that it has, as far as is known before it comes.
+
+        Raises:
+            QuotaExceededError: with it, and all that come at the same time, the owner would have too much. The writer
+                raises it, too.
+        """
+        left_bytes = self.max_owner_bytes - await self.store.num_bytes(owner_id)
+        taken_bytes = 0
+
+        def take(num_bytes: int) -> None:
+            nonlocal taken_bytes
+            more = max(0, num_bytes - taken_bytes)
+            if self._coming_bytes[owner_id] + more > left_bytes:
+                raise QuotaExceededError(
+                    f"with this file, yours would be more than the {self.max_owner_bytes} bytes that you may keep"
+                    " here; delete some first"
+                )
+            self._coming_bytes[owner_id] += more
+            taken_bytes += more
+
+        try:
+            take(least_bytes)
+            async with self.write(file_id, take=take) as writer:
+                yield writer
+        finally:
+            self._coming_bytes[owner_id] -= taken_bytes
+            self._coming_bytes += Counter()  # without those that have nothing
+
+    @asynccontextmanager
+    async def write(
+        self, file_id: str, *, take: Callable[[int], None] = lambda num_bytes: None
+    ) -> AsyncIterator["FileWriter"]:
         """A new file, which is there when the block ends, and is not if that raises.
+
+        Args:
+            take: told how many bytes it is to have before they are written; may refuse them.
 
         Raises:
             StorageFullError: there is no room for it.
             StorageError: it cannot be written.
         """
         unfinished = self._directory / f"{file_id}-{uuid.uuid4().hex}{_UNFINISHED}"
-        writer = FileWriter(await asyncio.to_thread(_create, unfinished))
+        writer = FileWriter(await asyncio.to_thread(_create, unfinished), take)
         try:
             yield writer
             await writer.finish()
@@ -120,13 +161,15 @@ class FileFolder:
 class FileWriter:
     """A file in the making."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, take: Callable[[int], None]) -> None:
         self._file = file
+        self._take = take
         self._pending = bytearray()
         self.num_bytes = 0
 
     async def write(self, data: bytes) -> None:
-        """Append to it. Raises StorageError."""
+        """Append to it. Raises StorageError; see also `FileFolder.upload`."""
+        self._take(self.num_bytes + len(data))
         self._pending += data
         self.num_bytes += len(data)
         if len(self._pending) >= _BUFFER_BYTES:

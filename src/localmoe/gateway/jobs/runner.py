@@ -66,7 +66,8 @@ class JobRunner:
         self._batches: dict[str, asyncio.Task[None]] = {}
         """Whose files are being read or written, by id; one at most."""
         self._has_news = asyncio.Event()
-        self._complaint, self._next_complaint_s = "", 0.0
+        self._complaints: dict[str, float] = {}
+        """And until when none is made again."""
         self._next_look_s = 0.0
 
     def start(self, app: ASGIApp) -> None:
@@ -109,7 +110,7 @@ class JobRunner:
                 await self._take_work()
                 pause_s = _POLL_S
             except StorageError as error:
-                self._complain(error)
+                self._complain("jobs", error)
                 pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
             except Exception:  # a fault of ours must not end all jobs
                 logger.exception("jobs wait")
@@ -154,8 +155,9 @@ class JobRunner:
             self._name, items=before, job_ids=list(self._batches), lease_s=self._config.lease_s
         )
         for lease in before - held:
-            if lease in self._items:
-                self._items[lease].cancel()
+            # A second cancellation would break off what the first one cleans up.
+            if (task := self._items.get(lease)) is not None and not task.cancelling():
+                task.cancel()
 
     async def _run(self, item: LeasedItem) -> None:
         """One item, to its end."""
@@ -204,7 +206,7 @@ class JobRunner:
                 await self._files.write(job, runner=self._name)
             return
         except StorageError as error:
-            logger.warning("batch %s waits: %s", job.id, error)
+            self._complain(f"files of batch {job.id}", error)
         except Exception:
             logger.exception("batch %s: its files cannot be read or written", job.id)
             if job.state is JobState.VALIDATING:
@@ -220,13 +222,14 @@ class JobRunner:
             try:
                 return await step()
             except StorageError as error:
-                self._complain(error)
+                self._complain("jobs", error)
             await asyncio.sleep(pause_s)
             pause_s = min(_MAX_PAUSE_S, 2 * pause_s)
 
-    def _complain(self, error: StorageError) -> None:
+    def _complain(self, what: str, error: StorageError) -> None:
         """Of the same now and then: every item that waits meets it again and again."""
-        now_s, said = time.monotonic(), str(error)
-        if said != self._complaint or now_s >= self._next_complaint_s:
-            self._complaint, self._next_complaint_s = said, now_s + _COMPLAINT_INTERVAL_S
-            logger.warning("jobs wait: %s", said)
+        now_s, complaint = time.monotonic(), f"{what} wait: {error}"
+        self._complaints = {text: until_s for text, until_s in self._complaints.items() if until_s > now_s}
+        if complaint not in self._complaints:
+            self._complaints[complaint] = now_s + _COMPLAINT_INTERVAL_S
+            logger.warning(complaint)

@@ -249,7 +249,7 @@ class Ticket:
         self._principal_id = principal_id
         self._limits = limits
         self._account = account
-        self._is_running = True
+        self._num_holders = 1
 
     async def take_request(self) -> None:
         """Count the request itself. Raises RateLimitedError."""
@@ -283,10 +283,14 @@ class Ticket:
             account.usual_answer_tokens += _LEARN * (answer_tokens - account.usual_answer_tokens)
         self._limiter.settle(self._principal_id, prompt_tokens + answer_tokens - charged)
 
+    def hold(self) -> None:
+        """Work goes on when the request has been answered, which is to be said with one `end` more."""
+        self._num_holders += 1
+
     def end(self) -> None:
         """The request has been answered."""
-        if self._is_running:
-            self._is_running = False
+        self._num_holders -= 1
+        if self._num_holders == 0:
             self._account.num_running -= 1
 
 

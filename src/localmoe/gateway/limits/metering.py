@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
-from localmoe.core.errors import LocalMoEError
+from localmoe.core.errors import DeadlineExceededError, LocalMoEError
 from localmoe.core.request import Request
 from localmoe.gateway.exchange import current_exchange
 
@@ -29,8 +29,10 @@ async def metered(prompt_tokens: int, most_answer_tokens: int) -> AsyncIterator[
     charged = 0 if ticket is None else await ticket.charge(prompt_tokens, most_answer_tokens)
     try:
         yield
-    except LocalMoEError:  # it is not their fault, and another model may answer
-        prompt_tokens = 0
+    except LocalMoEError as error:
+        has_begun = exchange.completion_tokens > before
+        if not has_begun and not isinstance(error, DeadlineExceededError):
+            prompt_tokens = 0  # it is not their fault, and another model may answer
         raise
     finally:
         exchange.prompt_tokens += prompt_tokens

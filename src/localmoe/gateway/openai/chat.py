@@ -12,7 +12,7 @@ from localmoe.core.request import FinishReason, ToolCallDelta
 from localmoe.gateway.answering.conversation import choices
 from localmoe.gateway.answering.generation import ChoiceDelta, ScoredToken, UsageCounter, stream_choices
 from localmoe.gateway.answering.hints import DispatchHints, dispatch_hints
-from localmoe.gateway.answering.sampling import check_num_logprobs
+from localmoe.gateway.answering.sampling import bounded_logprobs
 from localmoe.gateway.answering.streaming import DONE, Begun, encode_event, respond
 from localmoe.gateway.context import GatewayContext, ServedModel
 from localmoe.gateway.openai.chat_schema import (
@@ -49,8 +49,13 @@ def router(context: GatewayContext) -> APIRouter:
 
         async def begin(model: ServedModel) -> Begun:
             answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-            asked = await choices(conversation, model, hints, answer_id=answer_id, grammars=context.grammars)
-            check_num_logprobs(asked, echo=False, limit=context.config.max_logprobs)
+            given = await choices(conversation, model, hints, answer_id=answer_id, grammars=context.grammars)
+            asked = bounded_logprobs(
+                given,
+                echo=False,
+                limit=context.config.max_logprobs,
+                max_tokens_given=conversation.max_tokens is not None,
+            )
             deltas = stream_choices(model, asked, api=API, bus=context.bus, started_s=hints.came_s)
             return Begun(ChatAnswer(body, model, len(asked), answer_id), deltas)
 

@@ -16,6 +16,8 @@ _TEXT_KINDS = ("text", "refusal")
 _PART_KINDS = (*_TEXT_KINDS, "image_url", "input_audio", "file")
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+CalledName = Annotated[str, Field(min_length=1, max_length=128), UNICODE]
+"""As a model wrote it, which may be the name of no tool."""
 CallId = Annotated[str, Field(min_length=1, max_length=256), UNICODE]
 
 
@@ -103,7 +105,7 @@ Content = Annotated[
 class CalledFunction(ApiModel):
     """What was called, as the model wrote it."""
 
-    name: Annotated[str, Field(min_length=1, max_length=128), UNICODE]
+    name: CalledName
     arguments: Text
 
 

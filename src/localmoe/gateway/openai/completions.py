@@ -15,7 +15,7 @@ from localmoe.gateway.answering.generation import Choice, ChoiceDelta, UsageCoun
 from localmoe.gateway.answering.hints import DispatchHints, dispatch_hints
 from localmoe.gateway.answering.prompts import EncodedPrompt, encode_prompts, encode_to_fill, prompt_source
 from localmoe.gateway.answering.sampling import (
-    check_num_logprobs,
+    bounded_logprobs,
     of_answer,
     resolve_max_tokens,
     sampling_params,
@@ -58,8 +58,13 @@ def router(context: GatewayContext) -> APIRouter:
             else:
                 prompts = await encode_prompts(given, model, echo=bool(body.echo))
             answer = CompletionAnswer(body, model, prompts, hints)
-            check_num_logprobs(answer.choices, echo=bool(body.echo), limit=context.config.max_logprobs)
-            deltas = stream_choices(model, answer.choices, api=API, bus=context.bus, started_s=hints.came_s)
+            asked = bounded_logprobs(
+                answer.choices,
+                echo=bool(body.echo),
+                limit=context.config.max_logprobs,
+                max_tokens_given=body.max_tokens is not None,
+            )
+            deltas = stream_choices(model, asked, api=API, bus=context.bus, started_s=hints.came_s)
             return Begun(answer, deltas)
 
         return await respond(

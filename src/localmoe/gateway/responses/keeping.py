@@ -8,7 +8,7 @@ from contextlib import aclosing, contextmanager
 from typing import Any
 
 import msgspec
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from localmoe.core.errors import (
     InvalidRequestError,
@@ -21,6 +21,8 @@ from localmoe.core.protocols import ResponseStore
 from localmoe.gateway.answering.generation import ChoiceDelta
 from localmoe.gateway.answering.prompts import work_on
 from localmoe.gateway.errors import to_api_error
+from localmoe.gateway.exchange import current_exchange
+from localmoe.gateway.jobs.owners import could_be_id
 from localmoe.gateway.openai.chat_messages import MAX_MESSAGES
 from localmoe.gateway.responses.answer import ResponseAnswer, set_failed
 from localmoe.gateway.responses.schema import InputItem, MessageItem
@@ -60,7 +62,7 @@ class ResponseKeeper:
         Raises:
             NotFoundError: nothing.
         """
-        data = await self._store.get(self._owner, response_id)
+        data = await self._data(response_id)
         if data is None:
             raise _not_found(response_id)
         stored = await work_on(len(data), _stored, data)
@@ -76,8 +78,11 @@ class ResponseKeeper:
         Raises:
             NotFoundError: it is not there.
         """
-        if not await self._store.delete(self._owner, response_id):
+        if not could_be_id(response_id) or not await self._store.delete(self._owner, response_id):
             raise _not_found(response_id)
+
+    async def _data(self, response_id: str) -> bytes | None:
+        return await self._store.get(self._owner, response_id) if could_be_id(response_id) else None
 
     async def conversation(self, response_id: str | None) -> list[InputItem]:
         """What was said as far as this response, itself included.
@@ -88,7 +93,7 @@ class ResponseKeeper:
         turns: list[list[InputItem]] = []
         num_bytes = num_items = 0
         while response_id is not None:
-            data = await self._store.get(self._owner, response_id)
+            data = await self._data(response_id)
             if data is None:
                 raise _previous_error(str(_not_found(response_id)), "previous_response_not_found")
             num_bytes += len(data)
@@ -154,7 +159,11 @@ def _turn(data: bytes) -> tuple[list[InputItem], str | None]:
     if response.status in UNFINISHED:
         raise _previous_error(f"response {response.id!r} is not complete yet", "previous_response_unfinished")
     said = [*stored.input, *(msgspec.to_builtins(item) for item in response.output)]
-    return [_items.validate_python(item) for item in said], response.previous_response_id
+    try:
+        return [_items.validate_python(item) for item in said], response.previous_response_id
+    except ValidationError as error:  # a server elsewhere may have called a function by any name
+        message = f"response {response.id!r} has something in it that cannot be gone on from"
+        raise _previous_error(message, "previous_response_unusable") from error
 
 
 def numbered(items: Sequence[InputItem], response_id: str) -> list[dict[str, Any]]:
@@ -190,10 +199,20 @@ class BackgroundResponses:
             self._num_coming -= 1
 
     def start(self, owner: str, response_id: str, work: Coroutine[Any, Any, None]) -> None:
-        """Let it be made. What fails is the work's business."""
+        """Let it be made. What fails is the work's business. It counts as one of its owner's requests."""
         key = owner, response_id
+        exchange = current_exchange()
+        ticket = None if exchange is None else exchange.ticket
+        if ticket is not None:
+            ticket.hold()
+
+        def ended(_: asyncio.Task[None]) -> None:
+            if ticket is not None:
+                ticket.end()
+            self._forget(key)
+
         task = self._tasks[key] = asyncio.create_task(work)
-        task.add_done_callback(lambda _: self._forget(key))
+        task.add_done_callback(ended)
 
     async def cancel(self, owner: str, response_id: str) -> bool:
         """End it, and return when its engine is free; False if it is not being made here."""

@@ -17,7 +17,7 @@ from localmoe.core.protocols import ResponseStore
 from localmoe.gateway.answering.conversation import choices
 from localmoe.gateway.answering.generation import ScoredToken, stream_choices
 from localmoe.gateway.answering.hints import DispatchHints, dispatch_hints
-from localmoe.gateway.answering.sampling import check_num_logprobs
+from localmoe.gateway.answering.sampling import bounded_logprobs
 from localmoe.gateway.answering.streaming import Begun, collect, encode_tagged, respond
 from localmoe.gateway.context import GatewayContext, ServedModel
 from localmoe.gateway.errors import ApiError, to_api_error
@@ -117,8 +117,12 @@ def router(context: GatewayContext, store: ResponseStore) -> APIRouter:
         summary="Keep a response no more",
     )
     async def delete_response(response_id: str) -> Response:
-        await background.cancel(current_principal().id, response_id)
-        await my_keeper().delete(response_id)
+        keeper = my_keeper()
+        if not await background.cancel(current_principal().id, response_id):
+            response = (await keeper.get(response_id)).response
+            if response.background and response.status in UNFINISHED:
+                raise ConflictError("the response is made by another gateway, which would keep it again")
+        await keeper.delete(response_id)
         return _json(ResponseDeleted(id=response_id))
 
     @routes.post(
@@ -195,10 +199,15 @@ class _Creation:
     async def begin(self, model: ServedModel) -> Begun:
         """See `Begin`."""
         body = self._body
-        asked = await choices(
+        given = await choices(
             self.conversation, model, self._hints, answer_id=self._id, grammars=self._context.grammars
         )
-        check_num_logprobs(asked, echo=False, limit=self._context.config.max_logprobs)
+        asked = bounded_logprobs(
+            given,
+            echo=False,
+            limit=self._context.config.max_logprobs,
+            max_tokens_given=body.max_output_tokens is not None,
+        )
         sampling = asked[0].request.sampling
         response = self._response(model.id, "in_progress")
         response.temperature, response.top_p = sampling.temperature, sampling.top_p

@@ -9,6 +9,7 @@ from localmoe.core.errors import InvalidRequestError, UnsupportedFieldError
 from localmoe.gateway.answering.conversation import MAX_TOOLS, check_tool_names
 from localmoe.gateway.answering.structured import JsonObjectFormat, JsonSchemaSpec, TextFormat
 from localmoe.gateway.fields import (
+    BOUNDED,
     MAX_TOKENS,
     MAX_TOP_LOGPROBS,
     UNICODE,
@@ -20,7 +21,7 @@ from localmoe.gateway.fields import (
 )
 from localmoe.gateway.json_fields import ObjectSchema
 from localmoe.gateway.kinds import check_kind, kind_of, refuse_other_kinds
-from localmoe.gateway.openai.chat_messages import MAX_MESSAGES, MAX_PARTS, CallId, FunctionName
+from localmoe.gateway.openai.chat_messages import MAX_MESSAGES, MAX_PARTS, CalledName, CallId, FunctionName
 
 LOGPROBS = "message.output_text.logprobs"
 ResponseId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^resp_[a-zA-Z0-9_-]+$")]
@@ -87,7 +88,7 @@ class FunctionCallInput(ApiModel):
 
     type: Literal["function_call"]
     call_id: CallId
-    name: FunctionName
+    name: CalledName
     arguments: Text
 
 
@@ -269,6 +270,7 @@ class ResponseRequest(ApiModel):
         Annotated[Text, Tag("<text>")]
         | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), Tag("<list>")],
         Discriminator(is_list),
+        BOUNDED,
     ]
     instructions: Text | None = Field(default=None, description="A system message before all others, this time.")
     previous_response_id: ResponseId | None = Field(default=None, description="The conversation to go on with.")
