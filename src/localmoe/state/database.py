@@ -14,7 +14,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _NUM_READERS = 4
 _NUM_POSTGRES_CONNECTIONS = 10
 _MAX_LOG_BYTES = 64 * 2**20
+_BUSY_PAUSE_S = 0.02
 _FULL_SQLSTATES = {"53100"}  # disk_full
 _FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 _DEADLOCK_SQLSTATE = "40P01"
@@ -138,6 +139,7 @@ class Database:
     async def _bring_up_to_date(self) -> None:
         if self._path is not None:
             await asyncio.to_thread(_make_private, self._path)  # by us, so that nobody else can read it
+            await asyncio.to_thread(_write_ahead, self._path, self._timeout_s)
         async with self._writer.begin() as connection:
             await self.lock(connection, _MIGRATION_LOCK)
             await connection.run_sync(upgrade)
@@ -172,7 +174,6 @@ class Database:
             connection.isolation_level = None  # transactions are begun below, not by Python's module
             cursor = connection.cursor()
             for pragma in (
-                "journal_mode = WAL",
                 "synchronous = FULL",  # what a client was promised outlives a loss of power
                 "foreign_keys = ON",
                 f"journal_size_limit = {_MAX_LOG_BYTES}",
@@ -239,3 +240,18 @@ def _is_our_fault(error: DBAPIError) -> bool:
 def _make_private(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600)
+
+
+def _write_ahead(path: Path, timeout_s: float) -> None:
+    """Give a database a write-ahead log, if it has none. Of several that do so at once each holds what the others need:
+    SQLite does not let them wait, but tells all but one that it is busy."""
+    deadline_s = time.monotonic() + timeout_s
+    with closing(sqlite3.connect(path, timeout=timeout_s)) as connection:
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline_s:
+                    raise
+            time.sleep(_BUSY_PAUSE_S)
