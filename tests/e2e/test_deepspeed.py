@@ -15,12 +15,11 @@ import pytest
 
 from localmoe.backends.deepspeed import DeepSpeedBackend
 from localmoe.backends.deepspeed_config import DeepSpeedConfig
-from localmoe.backends.environments import EngineEnvironments
-from localmoe.config.settings import load_settings
 from localmoe.core.errors import BackendUnavailableError, EngineDiedError, EngineFaultError, EngineStartError
 from localmoe.core.events import EngineState, Event, EventBus
 from localmoe.core.request import FinishReason, Request, SamplingParams, TokenChunk
 from support.checkpoints import greedy_reference
+from support.engine_environments import with_engines
 from support.models import greedy
 
 pytestmark = pytest.mark.slow
@@ -31,8 +30,7 @@ PROMPTS = [[(7 * i + j * j) % 300 for j in range(3 + 4 * i)] for i in range(20)]
 
 @pytest.fixture(scope="session")
 def deepspeed_python() -> Path:
-    environments = EngineEnvironments(load_settings().home)
-    environments.install("deepspeed", "cpu", lambda stage, done, total: None)
+    environments = with_engines("deepspeed")
     environments.link_package("deepspeed")
     return environments.python("deepspeed")
 

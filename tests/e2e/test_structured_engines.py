@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 
-from localmoe.backends.environments import EngineEnvironments
 from localmoe.backends.native import NativeBackend
 from localmoe.backends.vllm import ServedModel, VllmBackend
 from localmoe.backends.vllm_config import VllmConfig
-from localmoe.config.settings import load_settings
 from localmoe.core.errors import InvalidRequestError
 from localmoe.core.events import EventBus
 from localmoe.core.protocols import Generator
@@ -23,6 +21,7 @@ from localmoe.engine.config import EngineConfig
 from localmoe.text.grammar_source import written
 from localmoe.text.text_model import TextModel
 from support.checkpoints import write_checkpoint
+from support.engine_environments import with_engines
 
 pytestmark = pytest.mark.slow
 
@@ -153,8 +152,7 @@ async def test_an_answer_whose_reader_has_left_frees_its_place(tiny_home: Path) 
 
 
 async def test_vllm(tmp_path: Path) -> None:
-    environments = EngineEnvironments(load_settings().home)
-    environments.install("vllm", "cpu", lambda stage, done, total: None)
+    environments = with_engines("vllm")
     # Heads of a size that vLLM's attention on a processor takes.
     path = write_checkpoint(tmp_path / "m", "mixtral", head_dim=32)
     text = TextModel.load(path)

@@ -9,12 +9,11 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from localmoe.backends.environments import EngineEnvironments
 from localmoe.catalog.catalog import DEMO_NAME
 from localmoe.cli.server_process import ServerProcess
-from localmoe.config.settings import load_settings
 from localmoe.text.text_model import TextModel
 from support.checkpoints import greedy_reference
+from support.engine_environments import with_engines
 
 pytestmark = pytest.mark.slow
 
@@ -34,9 +33,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def url(demo_home: Path) -> Iterator[str]:
-    environments = EngineEnvironments(load_settings().home)
-    for engine in ("vllm", "deepspeed"):
-        environments.install(engine, "cpu", lambda stage, done, total: None)
+    with_engines("vllm", "deepspeed")
     settings = {"LOCALMOE_HOME": str(demo_home), **SETTINGS}
     command = [sys.executable, "-m", "localmoe", "serve", DEMO_NAME, "--port", "0", "--weights", "f32"]
     for engine in ENGINES:

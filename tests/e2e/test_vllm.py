@@ -13,16 +13,15 @@ from typing import Any
 
 import pytest
 
-from localmoe.backends.environments import EngineEnvironments
 from localmoe.backends.vllm import ServedModel, VllmBackend
 from localmoe.backends.vllm_config import FLAGS, VllmConfig
 from localmoe.catalog.catalog import DEMO_NAME
-from localmoe.config.settings import load_settings
 from localmoe.core.errors import BackendUnavailableError, EngineStartError, InvalidRequestError
 from localmoe.core.events import EngineState, Event, EventBus
 from localmoe.core.request import FinishReason, Request, SamplingParams
 from localmoe.text.grammar_source import written
 from support.checkpoints import greedy_reference, write_checkpoint
+from support.engine_environments import with_engines
 
 pytestmark = pytest.mark.slow
 
@@ -34,9 +33,7 @@ ENGINE_CORE = "VLLM::EngineCor"
 
 @pytest.fixture(scope="session")
 def vllm_python() -> Path:
-    environments = EngineEnvironments(load_settings().home)
-    environments.install("vllm", "cpu", lambda stage, done, total: None)
-    return environments.python("vllm")
+    return with_engines("vllm").python("vllm")
 
 
 @pytest.fixture(scope="session")

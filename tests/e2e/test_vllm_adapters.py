@@ -9,17 +9,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from localmoe.backends.environments import EngineEnvironments
 from localmoe.backends.vllm import ServedModel, VllmBackend
 from localmoe.backends.vllm_config import VllmConfig
 from localmoe.cli.spec_checks import lora_modules
-from localmoe.config.settings import load_settings
 from localmoe.core.errors import EngineStartError
 from localmoe.core.events import EventBus
 from localmoe.core.request import Request, SamplingParams
 from localmoe.core.serving import EngineSpec, ModelSpec
 from localmoe.text.grammar_source import written
 from support.checkpoints import greedy_reference, load_reference, write_checkpoint
+from support.engine_environments import with_engines
 
 pytestmark = pytest.mark.slow
 
@@ -53,8 +52,7 @@ def write_adapter(directory: Path, model_path: Path, *, seed: int) -> tuple[Path
 
 
 def make_backend(path: Path, adapters: dict[str, str | None]) -> VllmBackend:
-    environments = EngineEnvironments(load_settings().home)
-    environments.install("vllm", "cpu", lambda stage, done, total: None)
+    environments = with_engines("vllm")
     spec = ModelSpec(model="m", adapters=adapters, engines=(EngineSpec(engine="vllm"),))
     return VllmBackend(
         model=ServedModel(name="m", vocab_size=306, adapters=lora_modules(spec)),

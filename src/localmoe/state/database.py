@@ -243,8 +243,8 @@ def _make_private(path: Path) -> None:
 
 
 def _write_ahead(path: Path, timeout_s: float) -> None:
-    """Give a database a write-ahead log, if it has none. Of several that do so at once each holds what the others need:
-    SQLite does not let them wait, but tells all but one that it is busy."""
+    """Give a database a write-ahead log, if it has none. Of several that do so at once each holds what the others
+    need, so SQLite does not let them wait, but tells all but one that it is busy."""
     deadline_s = time.monotonic() + timeout_s
     with closing(sqlite3.connect(path, timeout=timeout_s)) as connection:
         while True:
