@@ -161,13 +161,10 @@ class Dispatcher:
         answer = Answer(request, deadline_s=self._clock() + limit_s)
         while True:
             place = await self._enter(answer)
-            outcome, has_begun = "abort", False
+            outcome = "abort"
             try:
-                async with aclosing(self._attempt(place.replica, answer)) as chunks:
+                async with aclosing(self._attempt(place, answer)) as chunks:
                     async for chunk in chunks:
-                        if not has_begun:
-                            has_begun = True
-                            place.replica.breaker.begun(place.begun_s)
                         if chunk.finish_reason is not None:
                             outcome = "complete"  # before the chunk goes: whoever has it need not ask for more
                             self._praise(place, answer)
@@ -206,9 +203,9 @@ class Dispatcher:
         answer.num_attempts += 1
         return place
 
-    async def _attempt(self, replica: Replica, answer: Answer) -> AsyncGenerator[TokenChunk, None]:
+    async def _attempt(self, place: Place, answer: Answer) -> AsyncGenerator[TokenChunk, None]:
         """What one engine sends of an answer, in time."""
-        request = answer.rest()
+        replica, request = place.replica, answer.rest()
         known = self._known_tokens(request).get(replica.name, 0)
         if not request.embed:
             self._prefixes.record(request.prompt_ids, replica.name, scope=request.cache_scope)
@@ -228,13 +225,15 @@ class Dispatcher:
                     silence.end()
                     if chunk is None:
                         raise EngineFaultError("the engine ended its stream without a finish reason")
-                    if not pace.has_begun and answer.engine is not None:
-                        self._say_resumed(replica, answer)
+                    if not pace.has_begun:
+                        replica.breaker.begun(place.begun_s)
+                        if answer.engine is not None:
+                            self._say_resumed(replica, answer)
                     pace.take(chunk)
                     yield answer.take(chunk, replica.name, self._clock())
                     if chunk.finish_reason is not None:
                         return
-                    if self._clock() >= answer.deadline_s:
+                    if answer.last_chunk_s >= answer.deadline_s:
                         # With a reader that is slower than the engine, no chunk has to be waited for.
                         raise DeadlineExceededError("the answer was not complete in time")
         except asyncio.CancelledError:

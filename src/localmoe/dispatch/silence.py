@@ -44,7 +44,8 @@ class SilenceTimer:
     def end(self) -> None:
         """A chunk has come."""
         self._is_waiting = False
-        self._take_back()  # where it came in spite of us
+        if self._exceeded_s is not None:
+            self._take_back()  # it came in spite of us
 
     def exceeded(self) -> float | None:
         """The limit in seconds, if the wait was cancelled for it; None: somebody else did, and is to be obeyed."""

@@ -106,9 +106,8 @@ class Segmenter:
     def _push_call(self, call: ToolCallDelta) -> list[Step]:
         steps: list[Step] = []
         if call.index != self._call:
-            if (
-                call.id is None or call.name is None
-            ):  # a server elsewhere does not send its calls one after the other
+            # A server elsewhere may not send its calls one after the other.
+            if call.id is None or call.name is None:
                 raise EngineFaultError("the engine went on with a tool call after it had begun another")
             steps += self._begin(Begin(kind=SegmentKind.TOOL_CALL, call_id=call.id, name=call.name))
             self._call = call.index
