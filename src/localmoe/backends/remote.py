@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import suppress
 
 import aiohttp
 
@@ -127,63 +127,64 @@ class RemoteBackend:
         accepted = "application/json" if request.embed else "text/event-stream"
         has_begun = False
         try:
-            async with session.post(
+            response = await session.post(
                 f"{self._url}/{route}",
                 data=body,
                 headers={"Content-Type": "application/json", "Accept": accepted},
                 allow_redirects=False,
-            ) as response:
-                del body  # the encoded copy of what may be long, while answers last for long
+            )
+            # Answers last for long: the encoded copy of what may be long is let go, and so is the call's own frame,
+            # which a context manager of `post` would keep.
+            del body
+            async with response:
                 if failure := await self._failure(response, accepted):
                     raise failure
                 has_begun = True
                 if request.embed:
                     vector, usage = await wire.embedding(response)
-                    finish = FinishReason.LENGTH
-                    yield TokenChunk(request_id=request.id, embedding=vector, finish_reason=finish, usage=usage)
+                    yield TokenChunk(
+                        request_id=request.id, embedding=vector, finish_reason=FinishReason.LENGTH, usage=usage
+                    )
                     return
-                async with aclosing(self._answer(request.id, response)) as chunks:
-                    async for chunk in chunks:
-                        yield chunk
+                calls, usage = wire.ToolCalls(), None
+                while True:
+                    event = await self._event(response)
+                    if event is None:
+                        raise EngineFaultError("the server ended its stream without a finish reason")
+                    usage = event.usage or usage
+                    text, reasoning, tool_calls = event.text, event.reasoning, calls.take(event)
+                    if text or reasoning or tool_calls:
+                        yield TokenChunk(
+                            request_id=request.id, text=text, reasoning=reasoning, tool_calls=tool_calls
+                        )
+                    if finish := event.finish_reason:
+                        break
+                usage = await self._last_usage(response) or usage
+                yield TokenChunk(request_id=request.id, finish_reason=finish, usage=usage)
         except (aiohttp.ClientError, OSError) as error:
             if has_begun:
                 raise EngineDiedError(f"the server broke the answer off: {_reason(error)}") from error
             raise BackendUnavailableError(f"the server did not answer: {_reason(error)}") from error
 
-    async def _answer(self, request_id: str, response: aiohttp.ClientResponse) -> AsyncGenerator[TokenChunk, None]:
-        finish: FinishReason | None = None
+    async def _event(self, response: aiohttp.ClientResponse) -> wire.Event | None:
+        """The next chunk of an answer; None at its end."""
+        event = await wire.next_event(response.content)
+        if event is not None and event.error is not None:
+            message = wire.message_of(event.error) or "it does not say why"
+            raise EngineFaultError(f"the server failed: {self._presentable(message)}")
+        return event
+
+    async def _last_usage(self, response: aiohttp.ClientResponse) -> Usage | None:
+        """Token counts that come behind an answer's last chunk. Without them it is complete all the same."""
         usage: Usage | None = None
-        until_s: float | None = None
-        calls = wire.ToolCalls()
-        async with aclosing(wire.events(response.content)) as events:
-            while True:
-                try:
-                    async with asyncio.timeout_at(until_s):
-                        event = await anext(events, None)
-                except (TimeoutError, aiohttp.ClientError):
-                    if finish is None:
-                        raise
-                    break  # the answer is complete, and only its counts are not known
-                if event is None:
-                    break
-                if event.error is not None:
-                    message = wire.message_of(event.error) or "it does not say why"
-                    raise EngineFaultError(f"the server failed: {self._presentable(message)}")
-                usage = event.usage or usage
-                if finish is not None:
-                    continue
-                text, reasoning, tool_calls = event.text, event.reasoning, calls.take(event)
-                if text or reasoning or tool_calls:
-                    yield TokenChunk(request_id=request_id, text=text, reasoning=reasoning, tool_calls=tool_calls)
-                if finish := event.finish_reason:
-                    until_s = asyncio.get_running_loop().time() + _USAGE_WAIT_S
-        if finish is None:
-            raise EngineFaultError("the server ended its stream without a finish reason")
         with suppress(TimeoutError, aiohttp.ClientError):
+            async with asyncio.timeout(_USAGE_WAIT_S):
+                while event := await self._event(response):
+                    usage = event.usage or usage
             async with asyncio.timeout(_END_WAIT_S):
                 while await response.content.readany():
                     pass
-        yield TokenChunk(request_id=request_id, finish_reason=finish, usage=usage)
+        return usage
 
     async def _failure(self, response: aiohttp.ClientResponse, accepted: str) -> LocalMoEError | None:
         """What a response means, if it is no answer of the type that was asked for."""

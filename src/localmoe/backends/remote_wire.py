@@ -7,7 +7,7 @@ import asyncio
 import math
 import secrets
 import struct
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import aiohttp
@@ -131,6 +131,9 @@ class Event(msgspec.Struct):
         return _usage(self.usage_counts)
 
 
+_event_decoder = msgspec.json.Decoder(Event)
+
+
 class _Embedding(msgspec.Struct):
     embedding: Annotated[list[float], msgspec.Meta(min_length=1, max_length=_MAX_DIMENSIONS)]
 
@@ -234,26 +237,25 @@ def _response_format(grammar: Grammar) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
 
 
-async def events(content: aiohttp.StreamReader) -> AsyncGenerator[Event, None]:
-    """Chunks of a stream (WHATWG HTML, server-sent events), as far as `[DONE]` or its end.
+async def next_event(content: aiohttp.StreamReader) -> Event | None:
+    """The next chunk of a stream (WHATWG HTML, server-sent events); None at `[DONE]` or the stream's end.
 
     Raises:
         EngineFaultError: it is something else.
         aiohttp.ClientError: the connection broke.
     """
-    decoder = msgspec.json.Decoder(Event)
     while line := await _line(content):
         name, _, value = line.rstrip(b"\r\n").partition(b":")
         if name == b"data":
             if value.strip() == b"[DONE]":
-                return
+                return None
             try:
-                event = decoder.decode(value)
+                return _event_decoder.decode(value)
             except _DECODE_ERRORS as error:
                 raise EngineFaultError("the server sent something that is no chunk of an answer") from error
-            yield event
-        elif name not in (b"", b"event", b"id", b"retry"):  # of a comment and of an empty line it is empty
+        if name not in (b"", b"event", b"id", b"retry"):  # of a comment and of an empty line it is empty
             raise EngineFaultError("the server sent something that is no stream of events")
+    return None
 
 
 async def _line(content: aiohttp.StreamReader) -> bytes:

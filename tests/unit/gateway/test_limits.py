@@ -23,7 +23,7 @@ from localmoe.gateway.exchange import Exchange, bound, note_event
 from localmoe.gateway.identity.access import AccessTable
 from localmoe.gateway.limits.config import LimitsConfig, RoleLimits
 from localmoe.gateway.limits.limiter import Limiter, Window, anthropic_headers
-from localmoe.gateway.limits.metering import metered
+from localmoe.gateway.limits.metering import Metered
 
 ALICE = Principal(id="alice", name="alice", role=Role.USER)
 BOB = Principal(id="bob", name="bob", role=Role.USER)
@@ -76,7 +76,7 @@ async def generate(
     exchange.ticket = await limiter.begin(who)
     try:
         with bound(exchange):
-            async with metered(prompt, most):
+            async with Metered(prompt, most):
                 note_event(finished(answer))
     finally:
         exchange.ticket.end()
@@ -193,7 +193,7 @@ async def test_what_was_computed_is_not_given_back(
     exchange = Exchange(request_id="r", rule=AccessTable().rule("POST", "/v1/completions"), principal=ALICE)
     exchange.ticket = await limiter.begin(ALICE)
     with bound(exchange), contextlib.suppress(LocalMoEError):
-        async with metered(100, 10):
+        async with Metered(100, 10):
             note_event(finished(num_tokens))
             raise error
     exchange.ticket.end()
@@ -250,12 +250,12 @@ async def test_what_the_server_failed_on_costs_nothing(clock: Clock) -> None:
     exchange.ticket = await limiter.begin(ALICE)
     with bound(exchange):
         with pytest.raises(BackendUnavailableError):
-            async with metered(300, 100):
+            async with Metered(300, 100):
                 raise BackendUnavailableError("no engine")
         await limiter.drain()
         assert await remaining(limiter, "tokens") == 1000
         with pytest.raises(asyncio.CancelledError):  # the client left, after the prompt was computed perhaps
-            async with metered(300, 100):
+            async with Metered(300, 100):
                 raise asyncio.CancelledError
         await limiter.drain()
     assert await remaining(limiter, "tokens") == 700

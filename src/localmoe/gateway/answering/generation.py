@@ -17,7 +17,7 @@ from localmoe.core.events import EventBus, RequestFinished
 from localmoe.core.request import FinishReason, Request, TokenChunk, TokenLogprob, ToolCallDelta, Usage
 from localmoe.gateway.context import ServedModel
 from localmoe.gateway.fields import PromptTokensDetails, UsageCounts
-from localmoe.gateway.limits.metering import metered, num_prompt_tokens
+from localmoe.gateway.limits.metering import Metered, num_prompt_tokens
 from localmoe.text.answer_parser import MakeParser, Parsed, PlainParser
 from localmoe.text.detokenizer import IncrementalDetokenizer
 from localmoe.text.stop_strings import StopStringDetector
@@ -227,7 +227,7 @@ def stream_choices(
         RateLimitedError: whoever asks has had as many tokens as they may.
     """
     requests = [choice.request for choice in choices]
-    charge = metered(num_prompt_tokens(requests), sum(request.sampling.max_tokens for request in requests))
+    charge = Metered(num_prompt_tokens(requests), sum(request.sampling.max_tokens for request in requests))
 
     def answer(choice: Choice, within: AbstractAsyncContextManager[None]) -> AsyncGenerator[ChoiceDelta, None]:
         return _answer(model, choice, _Meter(started_s=started_s), api=api, bus=bus, within=within)

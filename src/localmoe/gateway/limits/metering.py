@@ -1,7 +1,6 @@
 """Charges generation to whoever asks for it."""
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 
 import msgspec
 
@@ -13,32 +12,39 @@ _BYTES_PER_TOKEN = 4
 """Of text whose tokenizer is not here."""
 
 
-@asynccontextmanager
-async def metered(prompt_tokens: int, most_answer_tokens: int) -> AsyncIterator[None]:
-    """Generation for the request that is being answered. What its answers took is in the `RequestFinished` that are
-    published inside.
+class Metered:
+    """Generation for the request that is being answered, as a context. What its answers took is in the
+    `RequestFinished` that are published inside.
 
-    Raises:
-        RateLimitedError: whoever asks had too much lately.
+    Entering it raises `RateLimitedError` where whoever asks had too much lately.
     """
-    exchange = current_exchange()
-    if exchange is None:
-        yield
-        return
-    ticket, before = exchange.ticket, exchange.completion_tokens
-    charged = 0 if ticket is None else await ticket.charge(prompt_tokens, most_answer_tokens)
-    try:
-        yield
-    except LocalMoEError as error:
-        has_begun = exchange.completion_tokens > before
-        if not has_begun and not isinstance(error, DeadlineExceededError):
+
+    # It lasts as long as a stream, of which there are many: as a generator it would be six times as large.
+    __slots__ = ("_before", "_charged", "_exchange", "_most_answer_tokens", "_prompt_tokens")
+
+    def __init__(self, prompt_tokens: int, most_answer_tokens: int) -> None:
+        self._prompt_tokens = prompt_tokens
+        self._most_answer_tokens = most_answer_tokens
+        self._exchange = current_exchange()
+        self._before = self._charged = 0
+
+    async def __aenter__(self) -> None:
+        if self._exchange is not None:
+            self._before = self._exchange.completion_tokens
+            if (ticket := self._exchange.ticket) is not None:
+                self._charged = await ticket.charge(self._prompt_tokens, self._most_answer_tokens)
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        exchange = self._exchange
+        if exchange is None:
+            return
+        prompt_tokens, answer_tokens = self._prompt_tokens, exchange.completion_tokens - self._before
+        failed = isinstance(error, LocalMoEError) and not isinstance(error, DeadlineExceededError)
+        if failed and answer_tokens == 0:
             prompt_tokens = 0  # it is not their fault, and another model may answer
-        raise
-    finally:
         exchange.prompt_tokens += prompt_tokens
-        if ticket is not None:
-            answer_tokens = exchange.completion_tokens - before
-            ticket.settle(charged, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens)
+        if exchange.ticket is not None:
+            exchange.ticket.settle(self._charged, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens)
 
 
 def num_prompt_tokens(requests: Sequence[Request]) -> int:

@@ -33,7 +33,7 @@ from localmoe.gateway.answering.streaming import first_able
 from localmoe.gateway.context import GatewayContext, ServedModel
 from localmoe.gateway.exchange import CLIENT_LEFT
 from localmoe.gateway.fields import ApiModel, ModelId, Text
-from localmoe.gateway.limits.metering import metered, num_prompt_tokens
+from localmoe.gateway.limits.metering import Metered, num_prompt_tokens
 from localmoe.gateway.openai.completions_schema import TokenIds, prompt_kind
 from localmoe.gateway.openapi import ERROR_RESPONSES
 
@@ -171,7 +171,7 @@ async def _embed(body: EmbeddingRequest, model: ServedModel, hints: DispatchHint
             vector, num_tokens[index] = await _vector(asked(index), model, hints.came_s, bus=bus)
             vectors[index] = _shortened(vector, body.dimensions)
 
-    async with metered(num_prompt_tokens([asked(index) for index in range(len(inputs))]), 0):
+    async with Metered(num_prompt_tokens([asked(index) for index in range(len(inputs))]), 0):
         workers = [asyncio.create_task(work()) for _ in range(min(_AT_ONCE, len(inputs)))]
         try:
             await asyncio.gather(*workers)
