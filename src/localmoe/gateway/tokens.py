@@ -10,8 +10,8 @@ from localmoe.gateway.answering.conversation import Conversation, prompt_ids
 from localmoe.gateway.answering.prompts import encode_text, work_on
 from localmoe.gateway.answering.sampling import check_token_id
 from localmoe.gateway.context import GatewayContext
-from localmoe.gateway.fields import BOUNDED, MAX_TOKEN_IDS, ApiModel, ModelId, SamplingFields, Text, TokenId
-from localmoe.gateway.openai.chat_messages import MAX_MESSAGES, ChatMessage, other_part
+from localmoe.gateway.fields import MAX_TOKEN_IDS, ApiModel, ModelId, SamplingFields, Text, TokenId
+from localmoe.gateway.openai.chat_messages import Messages, other_part
 from localmoe.gateway.openapi import ERROR_RESPONSES
 
 
@@ -22,9 +22,7 @@ class TokenizeRequest(ApiModel):
 
     model: ModelId
     prompt: Text | None = None
-    messages: (
-        Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), BOUNDED] | None
-    ) = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = Field(
         default=None,
         description="Put the model's beginning token before the text. Default: true for a prompt, false for "

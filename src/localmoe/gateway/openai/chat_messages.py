@@ -6,7 +6,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from localmoe.core.errors import InvalidRequestError
 from localmoe.gateway.answering.conversation import MAX_TOOLS, check_tool_names
-from localmoe.gateway.fields import UNICODE, ApiModel, Text, is_list
+from localmoe.gateway.fields import BOUNDED, UNICODE, ApiModel, Text, is_list
 from localmoe.gateway.json_fields import ObjectSchema
 from localmoe.gateway.kinds import kind_of, refuse_other_kinds
 
@@ -171,6 +171,9 @@ class ChatMessage(ApiModel):
         """The message in the API's own words, without what says nothing."""
         fields = self.model_dump(exclude_none=True)
         return {name: value for name, value in fields.items() if value != []} | {"content": fields.get("content")}
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), BOUNDED]
 
 
 class FunctionDefinition(ApiModel):

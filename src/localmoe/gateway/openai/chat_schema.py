@@ -9,11 +9,10 @@ from localmoe.core.errors import InvalidRequestError
 from localmoe.core.request import FinishReason
 from localmoe.gateway.answering.conversation import Conversation
 from localmoe.gateway.answering.structured import ResponseFormat, grammar_of
-from localmoe.gateway.fields import BOUNDED, MAX_TOKENS, MAX_TOP_LOGPROBS, SamplingFields, UsageCounts
+from localmoe.gateway.fields import MAX_TOKENS, MAX_TOP_LOGPROBS, SamplingFields, UsageCounts
 from localmoe.gateway.json_fields import JsonObject
 from localmoe.gateway.openai.chat_messages import (
-    MAX_MESSAGES,
-    ChatMessage,
+    Messages,
     NamedToolChoice,
     ToolChoice,
     Tools,
@@ -60,7 +59,7 @@ class ChatCompletionRequest(SamplingFields):
         "temperature": 0,
     }
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), BOUNDED]
+    messages: Messages
     max_tokens: int | None = Field(
         default=None, ge=1, le=MAX_TOKENS, description="Older name of `max_completion_tokens`."
     )

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
 import msgspec
@@ -228,8 +228,10 @@ class BackgroundResponses:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("what became of response %s could not be kept", key[1], exc_info=error)
 
-    async def close(self) -> None:
-        """End them all."""
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """For as long as any may be made; ends those that are left."""
+        yield
         tasks = set(self._tasks.values())
         for task in tasks:
             task.cancel()
