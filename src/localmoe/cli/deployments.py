@@ -133,6 +133,7 @@ class DeploymentBuilder:
             # Native engines of a model map one file.
             memory_bytes=sum(one.memory_bytes - one.mapped_bytes for _, _, one in made) + mapped_bytes,
             mapped_bytes=mapped_bytes,
+            release=None if text is None else text.close,
         )
 
     def _engines(self, spec: ModelSpec, text: TextModel | None) -> list[tuple[str, str, MadeEngine]]:

@@ -46,6 +46,8 @@ class Deployment(Generic[ServedT]):
     """RAM that its engines on this machine need."""
     mapped_bytes: int
     """Of it, what the system counts as available all the same, because it is a file's."""
+    release: Callable[[], None] | None = None
+    """Lets go of what it has beside its engines. May wait."""
 
 
 class Fleet(Generic[ServedT]):
@@ -134,9 +136,9 @@ class Fleet(Generic[ServedT]):
         """Serve one model more. See `core.protocols.ModelOperations`."""
         async with self._change():
             self._check_names(spec)
-            deployment = await self._build(spec)
-            self._check_memory(deployment)
-            await self._start(deployment)
+            async with self._built(spec) as deployment:
+                self._check_memory(deployment)
+                await self._start(deployment)
             self._name(deployment, spec.names)
 
     async def unload(self, name: str) -> None:
@@ -155,17 +157,17 @@ class Fleet(Generic[ServedT]):
         async with self._change():
             old = self._find(self._only_name() if name is None else name)
             self._check_names(spec, beside=old)
-            new = await self._build(spec)
             # Who asks for an adapter must not be answered without it.
             inherited = [name for name in self._names(old) if name not in old.adapters and name not in drops]
             names = list(dict.fromkeys([*spec.names, *inherited]))
-            try:
-                self._check_memory(new)
-            except InsufficientMemoryError:
-                self._check_memory(new, without=old)
-                await self._replace(old, new, names)
-                return
-            await self._start(new)
+            async with self._built(spec) as new:
+                try:
+                    self._check_memory(new)
+                except InsufficientMemoryError:
+                    self._check_memory(new, without=old)
+                    await self._replace(old, new, names)
+                    return
+                await self._start(new)
             self._hand_over(old, new, names)
             await self._retire(old)
 
@@ -179,11 +181,21 @@ class Fleet(Generic[ServedT]):
             await self._start(new)
         except Exception:
             logger.error("%s could not be started; starting %s again", new.spec.model, old.spec.model)
-            again = await self._build(old.spec)
-            await self._start(again)
+            async with self._built(old.spec) as again:
+                await self._start(again)
             self._hand_over(old, again, before)
             raise
         self._hand_over(old, new, names)
+
+    @contextlib.asynccontextmanager
+    async def _built(self, spec: ModelSpec) -> AsyncIterator[Deployment[ServedT]]:
+        """A deployment, which is let go of again if it cannot be started."""
+        deployment = await self._build(spec)
+        try:
+            yield deployment
+        except BaseException:
+            await _release(deployment)
+            raise
 
     async def _start(self, deployment: Deployment[ServedT]) -> None:
         """Raises EngineStartError."""
@@ -202,6 +214,7 @@ class Fleet(Generic[ServedT]):
             if dispatcher.num_open:
                 quiet_since_s = loop.time()
         await dispatcher.stop()
+        await _release(deployment)
 
     def _check_memory(self, new: Deployment[ServedT], *, without: Deployment[ServedT] | None = None) -> None:
         """Raises InsufficientMemoryError where the machine cannot hold one model more, once another is gone."""
@@ -270,3 +283,8 @@ class Fleet(Generic[ServedT]):
     def _check_idle(self) -> None:
         if self._changing.locked():
             raise ConflictError("models are being loaded, unloaded or switched; wait until that is done")
+
+
+async def _release(deployment: Deployment[ServedT]) -> None:
+    if deployment.release is not None:
+        await asyncio.to_thread(deployment.release)

@@ -94,6 +94,10 @@ class ChatTemplate:
                 f"chat_template is {str(path)!r}: {said}; name a file with a Jinja template"
             ) from error
 
+    def close(self) -> None:
+        """End its process, which otherwise ends when this is garbage. Whoever renders all the same gets another."""
+        self._process.close()
+
     @property
     def source(self) -> str:
         """The Jinja text."""

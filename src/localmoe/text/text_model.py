@@ -73,6 +73,11 @@ class TextModel:
             has_own_template=template_path is None,
         )
 
+    def close(self) -> None:
+        """Let go of what does not end by itself; see `ChatTemplate.close`."""
+        if self.chat_template is not None:
+            self.chat_template.close()
+
     async def in_turn(self, work: Callable[..., T], *args: Any) -> T:
         """Do work that renders a chat, while nobody waits who wants something else; see `ChatTemplate.in_turn`."""
         return work(*args) if self.chat_template is None else await self.chat_template.in_turn(work, *args)

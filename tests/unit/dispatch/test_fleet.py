@@ -52,6 +52,7 @@ class FakeMachine:
         self.memory_bytes = memory_bytes
         self.broken: set[str] = set()
         self.engines: list[FakeEngine] = []
+        self.released: list[str] = []
 
     async def build(self, spec: ModelSpec) -> Deployment[str]:
         if spec.model not in SCRIPTS:
@@ -72,6 +73,7 @@ class FakeMachine:
             adapters={name: f"{spec.model}+{name}" for name in spec.adapters},
             memory_bytes=4,
             mapped_bytes=0,
+            release=lambda: self.released.append(spec.model),
         )
 
     def available_bytes(self) -> int:
@@ -101,6 +103,7 @@ async def test_load_and_unload() -> None:
         await fleet.unload("second")
         assert dict(fleet.models) == {"a": "a"}
         assert machine.engines[1].is_stopped
+        assert machine.released == ["b"]
     assert machine.engines[0].is_stopped
 
 
@@ -143,6 +146,7 @@ async def test_a_switch_to_a_broken_model_changes_nothing() -> None:
         assert dict(fleet.models) == {"a": "a"}
         assert await answer(machine.dispatchers["a"]) == SCRIPTS["a"]
         assert machine.engines[1].is_stopped
+        assert machine.released == ["b"]
 
 
 async def test_without_memory_for_both_the_old_one_goes_first() -> None:
@@ -160,6 +164,7 @@ async def test_without_memory_for_both_the_old_one_goes_first() -> None:
         assert await running == SCRIPTS["a"]
         assert dict(fleet.models) == {"a": "b", "b": "b"}
         assert await answer(machine.dispatchers["b"]) == SCRIPTS["b"]
+        assert machine.released == ["b", "a"]
 
 
 async def test_and_comes_back_if_the_new_one_is_broken() -> None:
@@ -170,6 +175,7 @@ async def test_and_comes_back_if_the_new_one_is_broken() -> None:
             await fleet.switch("a", ModelSpec(model="b"))
         assert dict(fleet.models) == {"a": "a"}
         assert await answer(machine.dispatchers["a"]) == SCRIPTS["a"]
+        assert machine.released == ["a", "b"]
 
 
 async def test_what_does_not_fit_even_alone_leaves_the_old_one() -> None:

@@ -84,6 +84,15 @@ def test_it_goes_with_whoever_asks(process: SandboxProcess) -> None:
     assert not lives(number)
 
 
+def test_closed_it_ends_and_another_comes_if_it_is_asked(process: SandboxProcess) -> None:
+    first = pid(process)
+    process.close()
+    assert not lives(first)
+    assert process.ask(b"ab") == b"ba"
+    process.close()
+    process.close()
+
+
 def test_it_does_not_outlive_its_parent(tmp_path: Path, process: SandboxProcess) -> None:
     code = (
         "import os, signal\n"
