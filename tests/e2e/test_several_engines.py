@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from support.processes import descendants
 from support.server import check_gone, engine_pids, running_server
 
 MODEL = "distinct-experts"
@@ -201,7 +202,7 @@ async def test_what_cannot_be_loaded_changes_nothing(home_with_damage: Path) -> 
 async def test_models_come_and_go(tiny_home: Path) -> None:
     with running_server(tiny_home, MODEL, "f32") as (url, pid):
         async with client_of(url) as client:
-            (first,) = engine_pids(pid)
+            (first,), before = engine_pids(pid), descendants(pid).keys()
             body = {"model": "dense", "name": "second", "weights": "f32", "engines": ["native", "native"]}
             assert (await client.post("load", body))[0] == 200
             assert await client.models() == [MODEL, "second"]
@@ -219,6 +220,7 @@ async def test_models_come_and_go(tiny_home: Path) -> None:
             for other in others:
                 check_gone(other)
             assert engine_pids(pid) == [first]
+            assert descendants(pid).keys() == before
             assert (await client.post("unload", {"model": "second"}))[0] == 404
             assert await client.models() == [MODEL]
 
