@@ -298,20 +298,33 @@ async def test_a_conversation_goes_on_from_what_was_kept(serve, text_model: Text
     assert lost.json()["error"]["code"] == "previous_response_not_found"
 
 
+async def turns_until_refused(client: httpx2.AsyncClient, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Turns of one conversation, each of which says this, and what is said of the one that is too many."""
+    previous, num_turns = None, 0
+    while True:
+        response = await client.post("/v1/responses", json={**body, "previous_response_id": previous})
+        if response.status_code != 200:
+            assert response.status_code == 400
+            return num_turns, response.json()["error"]
+        previous, num_turns = response.json()["id"], num_turns + 1
+
+
 async def test_a_conversation_has_a_bound(serve, text_model: TextModel) -> None:
     body = {**BODY, "metadata": {"a": "x" * 500}}
     async with serve(
         ScriptedBackend(encode(text_model, "ok")), config=GatewayConfig(max_body_bytes=3000)
     ) as client:
-        previous, num_turns = None, 0
-        while True:
-            response = await client.post("/v1/responses", json={**body, "previous_response_id": previous})
-            if response.status_code != 200:
-                break
-            previous, num_turns = response.json()["id"], num_turns + 1
-    assert response.status_code == 400
-    assert response.json()["error"]["code"] == "conversation_too_long"
+        num_turns, error = await turns_until_refused(client, body)
+    assert error["code"] == "conversation_too_long"
     assert num_turns == 2
+
+
+async def test_so_have_the_parts_of_a_conversation(serve, text_model: TextModel) -> None:
+    message = {"role": "user", "content": [{"type": "input_text", "text": ""}] * 900}
+    async with serve(ScriptedBackend(encode(text_model, "ok")), context_tokens=100_000) as client:
+        num_turns, error = await turns_until_refused(client, {**BODY, "input": [message] * 9})
+    assert (num_turns, error["code"]) == (3, "conversation_too_long")
+    assert "16384 parts" in error["message"]
 
 
 class _FullStore(MemoryResponseStore):

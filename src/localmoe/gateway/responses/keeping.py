@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from pydantic import TypeAdapter, ValidationError
@@ -22,6 +22,7 @@ from localmoe.gateway.answering.generation import ChoiceDelta
 from localmoe.gateway.answering.prompts import work_on
 from localmoe.gateway.errors import to_api_error
 from localmoe.gateway.exchange import current_exchange
+from localmoe.gateway.fields import MAX_PARTS_TOGETHER, count_parts
 from localmoe.gateway.jobs.owners import could_be_id
 from localmoe.gateway.openai.chat_messages import MAX_MESSAGES
 from localmoe.gateway.responses.answer import ResponseAnswer, set_failed
@@ -91,7 +92,7 @@ class ResponseKeeper:
             InvalidRequestError: some of it is there no more, is not complete, or it is too long.
         """
         turns: list[list[InputItem]] = []
-        num_bytes = num_items = 0
+        num_bytes = num_items = num_parts = 0
         while response_id is not None:
             data = await self._data(response_id)
             if data is None:
@@ -102,14 +103,18 @@ class ResponseKeeper:
                     f"the conversation has more than the {self._max_conversation_bytes} bytes allowed",
                     "conversation_too_long",
                 )
-            items, response_id = await work_on(len(data), _turn, data)
-            turns.append(items)
-            num_items += len(items)
-            if num_items > MAX_MESSAGES:
-                raise _previous_error(
-                    f"the conversation has more than {MAX_MESSAGES} items", "conversation_too_long"
-                )
-        return [item for turn in reversed(turns) for item in turn]
+            turn = await work_on(len(data), _turn, data)
+            turns.append(turn.items)
+            num_items += len(turn.items)
+            num_parts += turn.num_parts
+            for number, most, what in (
+                (num_items, MAX_MESSAGES, "items"),
+                (num_parts, MAX_PARTS_TOGETHER, "parts"),
+            ):
+                if number > most:
+                    raise _previous_error(f"the conversation has more than {most} {what}", "conversation_too_long")
+            response_id = turn.previous_response_id
+        return [item for items in reversed(turns) for item in items]
 
     async def following(
         self,
@@ -152,18 +157,27 @@ def _stored(data: bytes) -> StoredResponse:
     return msgspec.json.decode(data, type=StoredResponse)
 
 
-def _turn(data: bytes) -> tuple[list[InputItem], str | None]:
-    """What was said in one response, and the id of the one before."""
+class _Turn(NamedTuple):
+    """What was said in one response."""
+
+    items: list[InputItem]
+    num_parts: int
+    """Of all of them."""
+    previous_response_id: str | None
+
+
+def _turn(data: bytes) -> _Turn:
     stored = _stored(data)
     response = stored.response
     if response.status in UNFINISHED:
         raise _previous_error(f"response {response.id!r} is not complete yet", "previous_response_unfinished")
     said = [*stored.input, *(msgspec.to_builtins(item) for item in response.output)]
     try:
-        return [_items.validate_python(item) for item in said], response.previous_response_id
+        items = [_items.validate_python(item) for item in said]
     except ValidationError as error:  # a server elsewhere may have called a function by any name
         message = f"response {response.id!r} has something in it that cannot be gone on from"
         raise _previous_error(message, "previous_response_unusable") from error
+    return _Turn(items, count_parts(said), response.previous_response_id)
 
 
 def numbered(items: Sequence[InputItem], response_id: str) -> list[dict[str, Any]]:
