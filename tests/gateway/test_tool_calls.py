@@ -9,11 +9,14 @@ import httpx2
 import pytest
 import tokenizers
 
+from localmoe.backends.remote import RemoteBackend
+from localmoe.backends.remote_config import RemoteConfig
 from localmoe.backends.scripted import ScriptedBackend
 from localmoe.core.request import FinishReason, Request, TokenChunk, ToolCallDelta, Usage
 from localmoe.gateway.context import ServedModel
 from localmoe.gateway.openai.chat_schema import ChatCompletion, ChatCompletionChunk
 from localmoe.text.text_model import TextModel
+from support.fake_openai import DONE, FakeOpenAI, chunk
 from support.tiny_text import encode, gateway_app, served_model, write_tiny_text_model
 
 URL = "/v1/chat/completions"
@@ -116,9 +119,9 @@ def chunks_of(raw: str) -> list[dict[str, Any]]:
     events = raw.removesuffix("\n\n").split("\n\n")
     assert events[-1] == "data: [DONE]"
     chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
-    for chunk in chunks:
-        ChatCompletionChunk.model_validate(chunk, extra="forbid")
-    return [chunk["choices"][0] for chunk in chunks]
+    for one in chunks:
+        ChatCompletionChunk.model_validate(one, extra="forbid")
+    return [one["choices"][0] for one in chunks]
 
 
 async def test_a_tool_call_in_one_piece(tool_text: TextModel) -> None:
@@ -490,3 +493,29 @@ async def test_a_model_of_another_server_gets_all_that_was_said() -> None:
     ]
     assert answer["choices"][0]["finish_reason"] == "tool_calls"
     assert refused.json()["error"]["param"] == "documents"
+
+
+async def test_forced_calls_of_an_engine_elsewhere_whose_tokenizer_is_here(thinking_text: TextModel) -> None:
+    """It is asked in the API's own words for calls or JSON, whatever the language of our model's marks is."""
+    call = {"index": 0, "id": "c", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
+    schema = {"type": "object", "properties": {"a": {"const": 1}}}
+    in_json = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    server = FakeOpenAI()
+    async with server.running():
+        backend = RemoteBackend(config=RemoteConfig(url=server.url, model="there"))
+        await backend.start()
+        app = gateway_app(served_model(thinking_text, backend, context_tokens=100_000))
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://test") as client:
+            calls = {"choices": [{"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": "tool_calls"}]}
+            server.pieces = [b"data: " + json.dumps(calls).encode() + b"\n\n", DONE]
+            called = await client.post(URL, json=body(tools=[WEATHER], tool_choice="required"))
+            server.pieces = [chunk('{"a": 1}'), chunk(finish="stop"), DONE]
+            formatted = await client.post(URL, json=body(response_format=in_json))
+        await backend.stop()
+    (choice,) = called.json()["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["tool_calls"][0]["function"] == call["function"]
+    assert formatted.json()["choices"][0]["message"]["content"] == '{"a": 1}'
+    asked = [sent for _, sent in server.bodies]
+    assert [sent.get("tool_choice") for sent in asked] == ["required", None]
+    assert [sent.get("response_format") for sent in asked] == [None, in_json]

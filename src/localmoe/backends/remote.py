@@ -107,8 +107,7 @@ class RemoteBackend:
             return None if request.source.text is not None else "it embeds texts only"
         if parameter := wire.unsupported(request.sampling):
             return f"its API has no {parameter} of this value"
-        grammar = request.sampling.grammar
-        if grammar is not None and (request.source.messages is None or not wire.is_format(grammar)):
+        if request.sampling.grammar is not None and not wire.asks_for_grammar(request.source):
             return "its API has JSON in answers to messages as the only grammar"
         if request.sampling.stop_token_ids and not request.prompt_ids:
             return "its API has no stop_token_ids"

@@ -18,6 +18,7 @@ from localmoe.core.request import (
     UNBOUNDED_TOKENS,
     FinishReason,
     Grammar,
+    PromptSource,
     Request,
     SamplingParams,
     ToolCallDelta,
@@ -214,8 +215,8 @@ def question(request: Request, model: str) -> tuple[str, bytes]:
         body["seed"] = sampling.seed
     if sampling.logit_bias:
         body["logit_bias"] = sampling.logit_bias
-    if sampling.grammar is not None:
-        body["response_format"] = _response_format(sampling.grammar)
+    if source.content_grammar is not None and _is_format(source.content_grammar):
+        body["response_format"] = _response_format(source.content_grammar)
     if source.stop:
         body["stop"] = source.stop[:_MAX_STOPS]
     if source.messages is not None:
@@ -225,8 +226,13 @@ def question(request: Request, model: str) -> tuple[str, bytes]:
     return "completions", msgspec.json.encode({**body, "prompt": source.text})
 
 
-def is_format(grammar: Grammar) -> bool:
-    """Whether it can be written as a `response_format`."""
+def asks_for_grammar(source: PromptSource) -> bool:
+    """Whether that the answer follows its grammar can be asked for in the API's words: as tool calls that there must
+    be, or as a `response_format`."""
+    return source.must_call or (source.content_grammar is not None and _is_format(source.content_grammar))
+
+
+def _is_format(grammar: Grammar) -> bool:
     return grammar.kind in ("json_object", "json_schema")
 
 

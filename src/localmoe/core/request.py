@@ -74,6 +74,14 @@ class PromptSource(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     parameters: dict[str, Any] = {}
     """What else the chat API was asked for, in its words: `tools`, `tool_choice`, `parallel_tool_calls`,
     `reasoning_effort`."""
+    content_grammar: Grammar | None = None
+    """What the content of the answer to a conversation is to be a sentence of. `SamplingParams.grammar` is of all
+    that the model writes: tool calls and reasoning with their marks, which is another language for each model."""
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer is to be tool calls."""
+        return self.parameters.get("tool_choice", "auto") not in ("auto", "none")
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

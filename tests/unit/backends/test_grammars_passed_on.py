@@ -118,7 +118,10 @@ def test_deepspeed_takes_none() -> None:
 )
 def test_other_servers_take_json_in_answers_to_messages(grammar: Grammar, is_taken: bool) -> None:
     backend = RemoteBackend(config=RemoteConfig(url="http://localhost:1/v1", model="there"))
-    assert (backend.refusal(request(grammar, PromptSource(messages=MESSAGES))) is None) == is_taken
+    asked = PromptSource(messages=MESSAGES, content_grammar=grammar)
+    # Of what the model writes, with what it thinks before.
+    for whole in (grammar, RULES):
+        assert (backend.refusal(request(whole, asked)) is None) == is_taken
     assert backend.refusal(request(grammar, PromptSource(text="hi"))) is not None
     assert backend.refusal(request(None, PromptSource(text="hi"))) is None
 
@@ -129,7 +132,7 @@ async def test_other_servers_are_asked_for_a_response_format() -> None:
         backend = RemoteBackend(config=RemoteConfig(url=server.url, model="there"))
         await backend.start()
         for grammar in (OBJECT, BY_SCHEMA, None):
-            asked = request(grammar, PromptSource(messages=MESSAGES))
+            asked = request(grammar, PromptSource(messages=MESSAGES, content_grammar=grammar))
             assert [piece async for piece in backend.generate(asked)]
         await backend.stop()
     formats = [body.get("response_format") for _, body in server.bodies]
@@ -140,3 +143,24 @@ async def test_other_servers_are_asked_for_a_response_format() -> None:
     ]
     # The order of properties is the order in which they are written.
     assert list(formats[1]["json_schema"]["schema"]["properties"]) == ["b", "a"]
+
+
+NAMED = {"type": "function", "function": {"name": "look"}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "is_taken"), [("required", True), (NAMED, True), ("auto", False), ("none", False)]
+)
+async def test_other_servers_are_told_that_there_must_be_calls(choice: object, is_taken: bool) -> None:
+    """The grammar of the calls is of our own model's marks; they have their own."""
+    server = FakeOpenAI([chunk("{}"), chunk(None, "stop"), DONE])
+    async with server.running(), asyncio.timeout(10):
+        backend = RemoteBackend(config=RemoteConfig(url=server.url, model="there"))
+        await backend.start()
+        asked = request(RULES, PromptSource(messages=MESSAGES, parameters={"tools": [], "tool_choice": choice}))
+        assert (backend.refusal(asked) is None) == is_taken
+        assert [piece async for piece in backend.generate(asked)]
+        await backend.stop()
+    ((_, body),) = server.bodies
+    assert body["tool_choice"] == choice
+    assert "response_format" not in body

@@ -275,7 +275,11 @@ def _source(conversation: Conversation, model: ServedModel) -> PromptSource | No
         return None
     if model.text is not None and not model.text.has_own_template:
         return None
-    return msgspec.structs.replace(source, parameters=dict(_source_parameters(conversation)))
+    return msgspec.structs.replace(
+        source,
+        parameters=dict(_source_parameters(conversation)),
+        content_grammar=conversation.response_grammar,
+    )
 
 
 def _source_parameters(conversation: Conversation) -> Iterator[tuple[str, Any]]:
