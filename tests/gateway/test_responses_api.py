@@ -20,6 +20,7 @@ from localmoe.core.identity import Principal, Role
 from localmoe.core.request import Request, TokenChunk
 from localmoe.gateway.app import create_app
 from localmoe.gateway.config import GatewayConfig
+from localmoe.gateway.fields import MAX_PARTS_TOGETHER
 from localmoe.gateway.identity.principal import set_principal
 from localmoe.gateway.responses.store import MemoryResponseStore
 from localmoe.text.text_model import TextModel
@@ -772,3 +773,14 @@ async def test_what_is_sent_is_what_is_documented(serve, thinker: TextModel) -> 
     with pytest.raises(jsonschema.ValidationError):
         check({**events[0], "type": "response.unheard_of"}, "/v1/responses", "text/event-stream")
     assert not [name for name in document["components"]["schemas"] if "__" in name]
+
+
+async def test_scores_are_no_parts_of_a_conversation(serve, text_model: TextModel) -> None:
+    """An answer with them has thousands of small things in it, none of which the model is told again."""
+    body = {**BODY, "include": ["message.output_text.logprobs"], "top_logprobs": 20}
+    async with serve(ScriptedBackend(encode(text_model, "ok " * 500)), context_tokens=100_000) as client:
+        first = (await client.post("/v1/responses", json=body)).json()
+        second = await client.post("/v1/responses", json={**BODY, "previous_response_id": first["id"]})
+    scores = first["output"][0]["content"][0]["logprobs"]
+    assert sum(3 + 2 * len(entry["top_logprobs"]) for entry in scores) > MAX_PARTS_TOGETHER
+    assert second.status_code == 200

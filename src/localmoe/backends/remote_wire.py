@@ -215,7 +215,7 @@ def question(request: Request, model: str) -> tuple[str, bytes]:
         body["seed"] = sampling.seed
     if sampling.logit_bias:
         body["logit_bias"] = sampling.logit_bias
-    if source.content_grammar is not None and _is_format(source.content_grammar):
+    if not source.must_call and source.content_grammar is not None and _is_format(source.content_grammar):
         body["response_format"] = _response_format(source.content_grammar)
     if source.stop:
         body["stop"] = source.stop[:_MAX_STOPS]

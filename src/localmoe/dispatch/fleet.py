@@ -176,7 +176,7 @@ class Fleet(Generic[ServedT]):
         logger.warning("memory does not hold %s beside %s, which is stopped first", new.spec.model, old.spec.model)
         before = self._names(old)
         old.dispatcher.refuse_new("it is being replaced")
-        await self._retire(old)
+        await self._finish(old)
         try:
             await self._start(new)
         except Exception:
@@ -184,8 +184,10 @@ class Fleet(Generic[ServedT]):
             async with self._built(old.spec) as again:
                 await self._start(again)
             self._hand_over(old, again, before)
+            await _release(old)
             raise
         self._hand_over(old, new, names)
+        await _release(old)
 
     @contextlib.asynccontextmanager
     async def _built(self, spec: ModelSpec) -> AsyncIterator[Deployment[ServedT]]:
@@ -206,7 +208,12 @@ class Fleet(Generic[ServedT]):
             self._starting.remove(deployment)
 
     async def _retire(self, deployment: Deployment[ServedT]) -> None:
-        """Let a model without a name finish, and stop it."""
+        """Let a model without a name finish; nothing is left of it."""
+        await self._finish(deployment)
+        await _release(deployment)
+
+    async def _finish(self, deployment: Deployment[ServedT]) -> None:
+        """Let a model finish that nobody asks any more, and stop it."""
         loop = asyncio.get_running_loop()
         dispatcher, quiet_since_s, end_s = deployment.dispatcher, loop.time(), loop.time() + self._drain_timeout_s
         while loop.time() < min(quiet_since_s + _QUIET_S, end_s):
@@ -214,7 +221,6 @@ class Fleet(Generic[ServedT]):
             if dispatcher.num_open:
                 quiet_since_s = loop.time()
         await dispatcher.stop()
-        await _release(deployment)
 
     def _check_memory(self, new: Deployment[ServedT], *, without: Deployment[ServedT] | None = None) -> None:
         """Raises InsufficientMemoryError where the machine cannot hold one model more, once another is gone."""
@@ -286,5 +292,10 @@ class Fleet(Generic[ServedT]):
 
 
 async def _release(deployment: Deployment[ServedT]) -> None:
-    if deployment.release is not None:
+    if deployment.release is None:
+        return
+    try:
         await asyncio.to_thread(deployment.release)
+    except Exception:
+        # It is as good as gone; what comes after it must not wait for somebody to look into this.
+        logger.exception("something of %s may be left", deployment.spec.model)

@@ -62,25 +62,20 @@ Metadata = Annotated[
 ]
 
 
-def count_parts(value: Any) -> int:
-    """Objects and lists in it, at any depth; counted as far as it takes to know that they are too many."""
+def _check_num_parts(value: Any) -> Any:
     num_parts, pending = 0, [value]
-    while pending and num_parts <= MAX_PARTS_TOGETHER:
+    while pending:
         outer = pending.pop()
         inner = outer.values() if isinstance(outer, dict) else outer
         nested = [one for one in inner if isinstance(one, dict | list)]
         pending += nested
         num_parts += len(nested)
-    return num_parts
-
-
-def _check_num_parts(value: Any) -> Any:
-    if isinstance(value, list) and count_parts(value) > MAX_PARTS_TOGETHER:
-        raise InvalidRequestError(f"more than {MAX_PARTS_TOGETHER} parts are in it")
+        if num_parts > MAX_PARTS_TOGETHER:
+            raise InvalidRequestError(f"more than {MAX_PARTS_TOGETHER} parts are in it")
     return value
 
 
-BOUNDED = BeforeValidator(_check_num_parts)
+BOUNDED = BeforeValidator(lambda value: _check_num_parts(value) if isinstance(value, list) else value)
 """Of lists of messages: each has a bound, and so have all parts of all of them."""
 
 

@@ -12,7 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from localmoe.core.errors import CheckpointError, ConfigError, InvalidRequestError, OverloadedError
+from localmoe.core.errors import (
+    BackendUnavailableError,
+    CheckpointError,
+    ConfigError,
+    InvalidRequestError,
+    OverloadedError,
+)
 from localmoe.formats.files import read_optional_json_object, read_text
 from localmoe.text.sandbox_process import DONE, REFUSED, SandboxProcess
 
@@ -95,7 +101,8 @@ class ChatTemplate:
             ) from error
 
     def close(self) -> None:
-        """End its process, which otherwise ends when this is garbage. Whoever renders all the same gets another."""
+        """Render no more: the process ends, which else would when this is garbage. May wait."""
+        self._thread.shutdown(wait=False)
         self._process.close()
 
     @property
@@ -113,12 +120,17 @@ class ChatTemplate:
 
         Raises:
             OverloadedError: too many wait for it already.
+            BackendUnavailableError: it is closed.
         """
         if self._num_waiting >= _MAX_WAITING:
             raise OverloadedError("too many conversations wait for this model's chat template; try again later")
         self._num_waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+            try:
+                done = asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+            except RuntimeError as error:  # the thread takes no more
+                raise BackendUnavailableError("the model is served no more") from error
+            return await done
         finally:
             self._num_waiting -= 1
 
@@ -144,6 +156,7 @@ class ChatTemplate:
         Raises:
             InvalidRequestError: the template refuses these messages, or takes too much time or memory over them.
             OverloadedError: its process cannot be started, or is busy for too long.
+            BackendUnavailableError: it is closed.
         """
         if not self.mentions("developer"):
             messages = [

@@ -18,7 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 
-from localmoe.core.errors import OverloadedError
+from localmoe.core.errors import BackendUnavailableError, OverloadedError
 
 _START_S = 30.0
 _TURN_S = 10.0
@@ -30,6 +30,7 @@ _PIECE_BYTES = 1 << 20
 
 class SandboxProcess:
     """One such process, started when it is needed. May be asked from any thread; answers one question at a time.
+    Once it is closed, questions raise `BackendUnavailableError`.
 
     Args:
         module: what it runs; calls `serve`.
@@ -45,6 +46,7 @@ class SandboxProcess:
         self._timeout_s = timeout_s
         self._max_answer_bytes = max_answer_bytes
         self._turn = threading.Lock()
+        self._is_closed = False
         self._running: _Running | None = None
         self._finalizer: weakref.finalize[[], SandboxProcess] | None = None
 
@@ -72,8 +74,12 @@ class SandboxProcess:
             return self._exchange(question, self._timeout_s)
 
     def close(self) -> None:
-        """End it. A question that comes all the same gets another."""
-        with self._in_turn():
+        """End it for good, whatever it is doing; may wait for one that is being started."""
+        self._is_closed = True
+        running = self._running
+        if running is not None:
+            running.kill()  # whoever waits for an answer is let go
+        with self._turn:
             self._end()
 
     @contextlib.contextmanager
@@ -81,6 +87,8 @@ class SandboxProcess:
         if not self._turn.acquire(timeout=_TURN_S):
             raise OverloadedError("too many wait for the process that does this; try again later")
         try:
+            if self._is_closed:
+                raise BackendUnavailableError("what is asked for is served no more")
             yield
         finally:
             self._turn.release()
@@ -131,6 +139,10 @@ class _Running:
         deadline_s = time.monotonic() + timeout_s
         _send(self._connection, question, deadline_s)
         return _receive(self._connection, max_answer_bytes, deadline_s)
+
+    def kill(self) -> None:
+        """Let it end at once. From any thread, also while another one waits for its answer."""
+        self._process.kill()
 
     def end(self) -> None:
         self._connection.close()

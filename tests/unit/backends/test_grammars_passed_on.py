@@ -149,15 +149,25 @@ NAMED = {"type": "function", "function": {"name": "look"}}
 
 
 @pytest.mark.parametrize(
-    ("choice", "is_taken"), [("required", True), (NAMED, True), ("auto", False), ("none", False)]
+    ("choice", "content", "is_taken"),
+    [
+        ("required", None, True),
+        ("required", REGEX, True),
+        (NAMED, BY_SCHEMA, True),
+        ("auto", None, False),
+        ("none", REGEX, False),
+    ],
 )
-async def test_other_servers_are_told_that_there_must_be_calls(choice: object, is_taken: bool) -> None:
-    """The grammar of the calls is of our own model's marks; they have their own."""
+async def test_other_servers_are_told_that_there_must_be_calls(
+    choice: object, content: Grammar | None, is_taken: bool
+) -> None:
+    """The grammar of the calls is of our own model's marks; they have their own. Beside calls there is no content."""
     server = FakeOpenAI([chunk("{}"), chunk(None, "stop"), DONE])
     async with server.running(), asyncio.timeout(10):
         backend = RemoteBackend(config=RemoteConfig(url=server.url, model="there"))
         await backend.start()
-        asked = request(RULES, PromptSource(messages=MESSAGES, parameters={"tools": [], "tool_choice": choice}))
+        parameters = {"tools": [], "tool_choice": choice}
+        asked = request(RULES, PromptSource(messages=MESSAGES, parameters=parameters, content_grammar=content))
         assert (backend.refusal(asked) is None) == is_taken
         assert [piece async for piece in backend.generate(asked)]
         await backend.stop()

@@ -53,6 +53,7 @@ class FakeMachine:
         self.broken: set[str] = set()
         self.engines: list[FakeEngine] = []
         self.released: list[str] = []
+        self.cannot_release = False
 
     async def build(self, spec: ModelSpec) -> Deployment[str]:
         if spec.model not in SCRIPTS:
@@ -73,8 +74,13 @@ class FakeMachine:
             adapters={name: f"{spec.model}+{name}" for name in spec.adapters},
             memory_bytes=4,
             mapped_bytes=0,
-            release=lambda: self.released.append(spec.model),
+            release=lambda: self.release(spec.model),
         )
+
+    def release(self, model: str) -> None:
+        self.released.append(model)
+        if self.cannot_release:
+            raise OSError("it will not go")
 
     def available_bytes(self) -> int:
         return self.memory_bytes - 4 * sum(not engine.is_stopped and engine.is_ready for engine in self.engines)
@@ -184,6 +190,20 @@ async def test_what_does_not_fit_even_alone_leaves_the_old_one() -> None:
         with pytest.raises(InsufficientMemoryError):
             await fleet.switch("a", ModelSpec(model="b"))
         assert await answer(machine.dispatchers["a"]) == SCRIPTS["a"]
+
+
+@pytest.mark.parametrize("memory_bytes", [100, 6])
+async def test_what_cannot_be_let_go_of_holds_nothing_up(memory_bytes: int) -> None:
+    machine = FakeMachine(memory_bytes)
+    machine.cannot_release, machine.broken = True, {"c"}
+    async with serving(machine, "a") as fleet:
+        await fleet.switch("a", ModelSpec(model="b"))
+        assert await answer(machine.dispatchers["b"]) == SCRIPTS["b"]
+        with pytest.raises(EngineStartError, match="damaged"):
+            await fleet.switch("b", ModelSpec(model="c"))
+        assert await answer(machine.dispatchers["b"]) == SCRIPTS["b"]
+        await fleet.unload("b")
+    assert machine.released == (["a", "c", "b"] if memory_bytes == 100 else ["a", "b", "c", "b"])
 
 
 async def test_one_change_at_a_time() -> None:

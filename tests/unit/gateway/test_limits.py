@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from localmoe.core.current import Current
 from localmoe.core.errors import (
@@ -18,12 +19,13 @@ from localmoe.core.errors import (
 )
 from localmoe.core.events import RequestFinished
 from localmoe.core.identity import Principal, RateLimits, Role
+from localmoe.core.request import Grammar, PromptSource, Request, SamplingParams
 from localmoe.gateway.config import GatewayConfig
 from localmoe.gateway.exchange import Exchange, bound, note_event
 from localmoe.gateway.identity.access import AccessTable
 from localmoe.gateway.limits.config import LimitsConfig, RoleLimits
 from localmoe.gateway.limits.limiter import Limiter, Window, anthropic_headers
-from localmoe.gateway.limits.metering import Metered
+from localmoe.gateway.limits.metering import Metered, num_prompt_tokens
 
 ALICE = Principal(id="alice", name="alice", role=Role.USER)
 BOB = Principal(id="bob", name="bob", role=Role.USER)
@@ -346,3 +348,13 @@ def test_settings_that_are_refused(config: dict) -> None:
 
 def test_the_password_of_redis_is_not_shown() -> None:
     assert "secret" not in repr(LimitsConfig(redis_url="redis://:secret@host"))
+
+
+def test_what_an_answer_must_look_like_is_no_part_of_the_prompt() -> None:
+    source = PromptSource(messages=[{"role": "user", "content": "hi"}])
+    long = Grammar(kind="json_schema", source=" " * 40_000)
+    asked = [
+        Request(id="r", model="m", prompt_ids=[], sampling=SamplingParams(max_tokens=1), source=one)
+        for one in (source, structs.replace(source, content_grammar=long))
+    ]
+    assert num_prompt_tokens(asked[:1]) == num_prompt_tokens(asked[1:])

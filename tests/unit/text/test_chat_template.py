@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from localmoe.core.errors import CheckpointError, ConfigError, InvalidRequestError, OverloadedError
+from localmoe.core.errors import (
+    BackendUnavailableError,
+    CheckpointError,
+    ConfigError,
+    InvalidRequestError,
+    OverloadedError,
+)
 from localmoe.text import chat_template
 from localmoe.text.chat_template import ChatTemplate
 from support.tiny_text import CHAT_TEMPLATE, write_tiny_text_model
@@ -205,3 +211,13 @@ def test_a_damaged_template_is_named(tmp_path, content: str, complaint: str) -> 
     with pytest.raises(CheckpointError, match=complaint) as caught:
         ChatTemplate.load(tmp_path, special_tokens={})
     assert str(caught.value).startswith(str(path))
+
+
+async def test_closed_it_renders_no_more() -> None:
+    template = ChatTemplate("x", special_tokens={})
+    assert await template.in_turn(template.render, []) == "x"
+    template.close()
+    with pytest.raises(BackendUnavailableError):
+        await template.in_turn(template.render, [])
+    with pytest.raises(BackendUnavailableError):
+        template.render([])

@@ -5,11 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from localmoe.core.errors import OverloadedError
+from localmoe.core.errors import BackendUnavailableError, OverloadedError
 from localmoe.text.sandbox_process import SandboxProcess
 
 MODULE = """
@@ -84,12 +86,23 @@ def test_it_goes_with_whoever_asks(process: SandboxProcess) -> None:
     assert not lives(number)
 
 
-def test_closed_it_ends_and_another_comes_if_it_is_asked(process: SandboxProcess) -> None:
+def test_closed_it_ends_for_good_whatever_it_is_doing(process: SandboxProcess) -> None:
     first = pid(process)
-    process.close()
-    assert not lives(first)
-    assert process.ask(b"ab") == b"ba"
-    process.close()
+    process._timeout_s = 30.0
+    with ThreadPoolExecutor(2) as threads:
+        asked = threads.submit(process.ask, b"sleep")
+        while not process._turn.locked():
+            time.sleep(0.001)
+        waits = threads.submit(process.ask, b"ab")
+        started_s = time.monotonic()
+        process.close()
+        assert not lives(first)
+        assert asked.result() is None
+        with pytest.raises(BackendUnavailableError):
+            waits.result()
+    assert time.monotonic() - started_s < 10.0
+    with pytest.raises(BackendUnavailableError):
+        process.ask(b"ab")
     process.close()
 
 

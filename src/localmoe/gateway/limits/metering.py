@@ -54,4 +54,7 @@ def num_prompt_tokens(requests: Sequence[Request]) -> int:
 
 
 def _estimate(request: Request) -> int:
-    return 0 if request.source is None else len(msgspec.json.encode(request.source)) // _BYTES_PER_TOKEN
+    if request.source is None:
+        return 0
+    source = msgspec.structs.replace(request.source, content_grammar=None)  # which is no part of the prompt
+    return len(msgspec.json.encode(source)) // _BYTES_PER_TOKEN

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from pydantic import TypeAdapter, ValidationError
@@ -22,7 +22,7 @@ from localmoe.gateway.answering.generation import ChoiceDelta
 from localmoe.gateway.answering.prompts import work_on
 from localmoe.gateway.errors import to_api_error
 from localmoe.gateway.exchange import current_exchange
-from localmoe.gateway.fields import MAX_PARTS_TOGETHER, count_parts
+from localmoe.gateway.fields import MAX_PARTS_TOGETHER
 from localmoe.gateway.jobs.owners import could_be_id
 from localmoe.gateway.openai.chat_messages import MAX_MESSAGES
 from localmoe.gateway.responses.answer import ResponseAnswer, set_failed
@@ -103,18 +103,17 @@ class ResponseKeeper:
                     f"the conversation has more than the {self._max_conversation_bytes} bytes allowed",
                     "conversation_too_long",
                 )
-            turn = await work_on(len(data), _turn, data)
-            turns.append(turn.items)
-            num_items += len(turn.items)
-            num_parts += turn.num_parts
+            items, response_id = await work_on(len(data), _turn, data)
+            turns.append(items)
+            num_items += len(items)
+            num_parts += sum(map(_num_parts, items))
             for number, most, what in (
                 (num_items, MAX_MESSAGES, "items"),
                 (num_parts, MAX_PARTS_TOGETHER, "parts"),
             ):
                 if number > most:
                     raise _previous_error(f"the conversation has more than {most} {what}", "conversation_too_long")
-            response_id = turn.previous_response_id
-        return [item for items in reversed(turns) for item in items]
+        return [item for turn in reversed(turns) for item in turn]
 
     async def following(
         self,
@@ -157,27 +156,22 @@ def _stored(data: bytes) -> StoredResponse:
     return msgspec.json.decode(data, type=StoredResponse)
 
 
-class _Turn(NamedTuple):
-    """What was said in one response."""
-
-    items: list[InputItem]
-    num_parts: int
-    """Of all of them."""
-    previous_response_id: str | None
+def _num_parts(item: InputItem) -> int:
+    return sum(len(field) for field in vars(item).values() if isinstance(field, list))
 
 
-def _turn(data: bytes) -> _Turn:
+def _turn(data: bytes) -> tuple[list[InputItem], str | None]:
+    """What was said in one response, and the id of the one before."""
     stored = _stored(data)
     response = stored.response
     if response.status in UNFINISHED:
         raise _previous_error(f"response {response.id!r} is not complete yet", "previous_response_unfinished")
     said = [*stored.input, *(msgspec.to_builtins(item) for item in response.output)]
     try:
-        items = [_items.validate_python(item) for item in said]
+        return [_items.validate_python(item) for item in said], response.previous_response_id
     except ValidationError as error:  # a server elsewhere may have called a function by any name
         message = f"response {response.id!r} has something in it that cannot be gone on from"
         raise _previous_error(message, "previous_response_unusable") from error
-    return _Turn(items, count_parts(said), response.previous_response_id)
 
 
 def numbered(items: Sequence[InputItem], response_id: str) -> list[dict[str, Any]]:
@@ -245,12 +239,14 @@ class BackgroundResponses:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """For as long as any may be made; ends those that are left."""
-        yield
-        tasks = set(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        try:
+            yield
+        finally:
+            tasks = set(self._tasks.values())
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks)
 
 
 def _not_found(response_id: str) -> NotFoundError:
