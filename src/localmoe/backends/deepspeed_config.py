@@ -73,7 +73,8 @@ class DeepSpeedConfig:
     """Keys and values of all sequences, on each rank; None: a quarter of what the weights leave on a GPU; 2 GiB on
     the processor, or more if one sequence takes more."""
     start_timeout_s: float = 900.0
-    """A worker that is not ready this long after its start has failed to start. The first start compiles."""
+    """A worker that is not ready this long after its start has failed to start. Parts of DeepSpeed that are not
+    there yet are compiled meanwhile."""
     hang_timeout_s: float = 600.0
     """A worker that has requests but finishes no step for this long is taken for hung, killed and replaced."""
 

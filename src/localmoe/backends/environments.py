@@ -49,6 +49,8 @@ class _Recipe:
     """The package that is the engine; its version is the engine's."""
     steps: tuple[tuple[str, ...], ...]
     """Arguments of `pip install`, in turn; `PINS` stands for the file's path."""
+    compiles: str | None = None
+    """Module that makes in the environment what the engine would compile at its first start otherwise."""
     size_bytes: int
     """Disk that it takes while it is installed, downloads included; about half is left for good."""
 
@@ -80,6 +82,7 @@ def _recipe(engine: str, build: Build) -> _Recipe:
                 (*_TORCH_FIRST, "setuptools", "ninja", "numpy", "packaging", "py-cpuinfo", "psutil", "msgpack"),
                 ("--no-build-isolation", "--requirement", "PINS"),
             ),
+            compiles="localmoe.backends.deepspeed_worker.parts",
             size_bytes=(4 if build == "cpu" else 14) * _GB,
         )
     raise ValueError(f"no such engine: {engine!r}; there are {', '.join(ENGINES)}")
@@ -173,6 +176,10 @@ class EngineEnvironments:
             for number, step in enumerate(recipe.steps, 1):
                 stage = f"{engine}, step {number} of {len(recipe.steps)}: {_title(step, recipe)}"
                 self._pip_install(engine, step, recipe, lock, partial(on_progress, stage))
+            if recipe.compiles is not None:
+                on_progress(f"{engine}: compiling, which takes minutes", 0, 0)
+                self.link_package(engine)
+                _run([str(self._interpreter(engine)), "-I", "-m", recipe.compiles], lock)
             on_progress("trying it", 0, 0)
             if problem := self._fails(engine, build):
                 raise EngineInstallError(

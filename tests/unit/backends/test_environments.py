@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,26 @@ def test_an_engine_is_installed_and_then_left_alone(home: Path, wheels: Path) ->
     stages.clear()
     assert install(home, stages) == installed  # pip would find nothing now
     assert stages == []
+
+
+def test_what_an_engine_compiles_is_compiled_at_once(
+    home: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a module of ours in its environment; where that fails, nothing is installed."""
+    recipe = environments._recipe("vllm", "cpu")
+    monkeypatch.setattr(
+        environments, "_recipe", lambda engine, build: replace(recipe, compiles="localmoe.core.imports")
+    )
+    stages: list[tuple[str, int, int]] = []
+    install(home, stages)
+    assert ("vllm: compiling, which takes minutes", 0, 0) in stages
+    monkeypatch.setattr(
+        environments, "_recipe", lambda engine, build: replace(recipe, compiles="localmoe.nowhere")
+    )
+    (EngineEnvironments(home).path("vllm") / "localmoe-engine.json").unlink()
+    with pytest.raises(EngineInstallError, match="No module named localmoe.nowhere"):
+        install(home)
+    assert EngineEnvironments(home).status("vllm").state == "unfinished"
 
 
 def test_newer_pins_bring_it_up_to_date(home: Path, wheels: Path) -> None:

@@ -42,10 +42,11 @@ class Engine:
 
     def __init__(self, launch: Launch, scratch: "Scratch", end: "EndProcess") -> None:
         from localmoe.backends.deepspeed_worker.attention import PAGE_TOKENS
-        from localmoe.backends.deepspeed_worker.ranks import Others, compile_parts, join
+        from localmoe.backends.deepspeed_worker.parts import compile_parts
+        from localmoe.backends.deepspeed_worker.ranks import Others, join
 
         config = launch.config
-        compile_parts(config)
+        compile_parts(on_disk=config.offload_param == "nvme")
         with tempfile.TemporaryDirectory(prefix="localmoe-ranks-") as meeting_path:
             told = RankLaunch(
                 launch=launch, rank=0, meeting_path=meeting_path, nonce=os.getpid(), scratch_path=scratch.path

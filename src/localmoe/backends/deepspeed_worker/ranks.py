@@ -13,8 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import IO
@@ -22,17 +21,16 @@ from typing import IO
 import msgspec
 import torch
 
-from localmoe.backends.deepspeed_config import DeepSpeedConfig
 from localmoe.backends.deepspeed_worker.frames import read_frame, write_frame
 from localmoe.backends.deepspeed_worker.launch import Loaded, RankLaunch, Result, Step
 from localmoe.backends.deepspeed_worker.model import Model, Place, load
+from localmoe.backends.deepspeed_worker.parts import loading, set_paths
 from localmoe.core.errors import EngineStartError
 
 logger = logging.getLogger(__name__)
 
 _SCRATCH = "localmoe-deepspeed-"
 _LOCK = "lock"
-_EXTENSIONS = Path(sys.prefix) / "torch_extensions"
 _LOOPBACK = "127.0.0.1"
 
 
@@ -90,7 +88,7 @@ def join(told: RankLaunch) -> tuple[Model, Loaded]:
         EngineStartError: it cannot be served so; the message says why.
     """
     config, rank = told.launch.config, told.rank
-    _set_paths()
+    set_paths()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -112,7 +110,7 @@ def join(told: RankLaunch) -> tuple[Model, Loaded]:
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    with _extensions(fcntl.LOCK_SH):
+    with loading():
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo",
             auto_mpi_discovery=False,
@@ -128,52 +126,6 @@ def join(told: RankLaunch) -> tuple[Model, Loaded]:
         Path(shared).unlink(missing_ok=True)
         place = Place(rank=rank, device=device, scratch_path=told.scratch_path)
         return load(told.launch.checkpoint_path, config, place)
-
-
-def compile_parts(config: DeepSpeedConfig) -> None:
-    """Make what DeepSpeed compiles, if it is not there yet; by rank 0, before there are others.
-
-    A compiler that was killed leaves a lock of torch's behind, for which everybody would wait for ever. So whoever
-    compiles or loads such parts holds a lock that ends with its process, and torch's are removed under it.
-
-    Raises:
-        EngineStartError: they cannot be made; the message says why.
-    """
-    _set_paths()
-    from deepspeed.accelerator import get_accelerator
-
-    names = ["ShareMemCommBuilder"] if get_accelerator().device_name() == "cpu" else []
-    names += ["AsyncIOBuilder"] if config.offload_param == "nvme" else []
-    with _extensions(fcntl.LOCK_EX) as folder:
-        for stale in folder.glob("*/lock"):
-            stale.unlink()
-        for name in names:
-            builder = get_accelerator().create_op_builder(name)
-            if name == "AsyncIOBuilder" and not builder.is_compatible():
-                raise EngineStartError("offload_param: nvme needs libaio with its headers (Debian: libaio-dev)")
-            try:
-                builder.load()
-            except (RuntimeError, OSError) as error:
-                raise EngineStartError(
-                    f"DeepSpeed could not compile a part that it needs, which takes a C++ compiler: {error}"
-                ) from error
-
-
-def _set_paths() -> None:
-    # DeepSpeed's optional parts are compiled at the first start, by tools that stand beside the interpreter.
-    tools = str(Path(sys.executable).parent)
-    if os.get_exec_path()[0] != tools:
-        os.environ["PATH"] = os.pathsep.join([tools, *os.get_exec_path()])
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(_EXTENSIONS)
-
-
-@contextmanager
-def _extensions(how: int) -> Iterator[Path]:
-    """Where compiled parts are, locked in one of `fcntl`'s ways."""
-    _EXTENSIONS.mkdir(exist_ok=True)
-    with (_EXTENSIONS / "localmoe.lock").open("wb") as lock:
-        fcntl.flock(lock, how)
-        yield _EXTENSIONS
 
 
 class Scratch:
