@@ -112,7 +112,7 @@ def test_what_an_engine_compiles_is_compiled_at_once(
         environments, "_recipe", lambda engine, build: replace(recipe, compiles="localmoe.nowhere")
     )
     (EngineEnvironments(home).path("vllm") / "localmoe-engine.json").unlink()
-    with pytest.raises(EngineInstallError, match="No module named localmoe.nowhere"):
+    with pytest.raises(EngineInstallError, match=r"No module named localmoe\.nowhere"):
         install(home)
     assert EngineEnvironments(home).status("vllm").state == "unfinished"
 
