@@ -220,15 +220,23 @@ class EngineEnvironments:
         What is linked is the package's directory. A line in a `.pth` file would name the directory above it, and
         with it all the packages that we use, in versions that are not the engine's. To be called before each start:
         LocalMoE may have moved.
+
+        Raises:
+            EngineStartError: it cannot be done.
         """
         package = Path(localmoe.__file__).parent
-        (folder, *_) = self.path(engine).glob("lib/python3*/site-packages")
-        link = folder / "localmoe"
-        if link.is_symlink() and link.readlink() == package:
-            return
-        new = folder / f".localmoe-{os.getpid()}"
-        new.symlink_to(package)
-        new.replace(link)
+        folder = next(self.path(engine).glob("lib/python3*/site-packages"), None)
+        if folder is None:
+            raise EngineStartError(f"{engine} is broken; install it again with: localmoe engines install {engine}")
+        link, new = folder / "localmoe", folder / f".localmoe-{os.getpid()}"
+        try:
+            if link.is_symlink() and link.readlink() == package:
+                return
+            new.unlink(missing_ok=True)  # of a process that was killed, and had this number
+            new.symlink_to(package)
+            new.replace(link)
+        except OSError as error:
+            raise EngineStartError(f"{link} cannot be made: {error.strerror}") from error
 
     def _interpreter(self, engine: str) -> Path:
         return self.path(engine) / "bin/python"

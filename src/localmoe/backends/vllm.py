@@ -224,15 +224,19 @@ class VllmServer:
         self._folder = Path(tempfile.mkdtemp(prefix="localmoe-"))
         self._cleanup.callback(shutil.rmtree, self._folder, ignore_errors=True)
         self._socket = self._folder / "vllm"
-        self._command = command(
-            config,
-            python=python,
-            model=model.name,
-            model_path=model_path,
-            socket=self._socket,
-            on_gpu=on_gpu,
-            adapters=model.adapters,
-        )
+        try:
+            self._command = command(
+                config,
+                python=python,
+                model=model.name,
+                model_path=model_path,
+                socket=self._socket,
+                on_gpu=on_gpu,
+                adapters=model.adapters,
+            )
+        except BaseException:  # nobody will stop what was never there
+            shutil.rmtree(self._folder)
+            raise
         self._client = VllmClient(
             url="http://vllm", socket=self._socket, vocab_size=model.vocab_size, write_grammar=write_grammar
         )

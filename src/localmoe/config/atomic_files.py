@@ -1,9 +1,11 @@
 """Writing files so that a reader, or a power cut, finds the old or the new one whole."""
 
-import contextlib
 import errno
+import fcntl
 import os
 import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from localmoe.core.errors import StorageError, StorageFullError
@@ -32,6 +34,20 @@ def write_atomically(path: Path, data: bytes) -> None:
         overwrite(target, data)
         return
     sync_folder(target.parent)
+
+
+@contextmanager
+def locked(folders: Iterable[Path]) -> Iterator[None]:
+    """Change files of these folders while no other process does that does this first."""
+    with ExitStack() as stack:
+        for folder in sorted(
+            {folder.resolve() for folder in folders}
+        ):  # in one order, so that nobody waits for ever
+            with suppress(OSError):  # writing will say what is wrong with it; and some file systems have no locks
+                descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 def storage_error(error: OSError, message: str) -> StorageError:
@@ -71,6 +87,6 @@ def overwrite(path: Path, data: bytes) -> None:
 
 
 def _give_to_the_same(path: Path, before: os.stat_result) -> None:
-    with contextlib.suppress(PermissionError):  # to others, only root can; then it is ours
+    with suppress(PermissionError):  # to others, only root can; then it is ours
         os.chown(path, before.st_uid, before.st_gid)
     path.chmod(before.st_mode & 0o7777)

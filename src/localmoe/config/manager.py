@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from localmoe.config import watch
-from localmoe.config.atomic_files import storage_error, write_atomically
+from localmoe.config.atomic_files import locked, storage_error, write_atomically
 from localmoe.config.changes import (
     assignments,
     check_addressees,
@@ -362,19 +362,20 @@ def _write_files(files: Mapping[Path, bytes], seen: Mapping[Path, bytes]) -> dic
         ConflictError: somebody has written one meanwhile; likewise.
     """
     before: dict[Path, bytes | None] = {}
-    for path, data in files.items():
-        try:
-            old = path.read_bytes() if path.exists() else None
-            if path in seen and old != seen[path]:
-                raise ConflictError(f"{path} was changed meanwhile; try again")
-            write_atomically(path, data)
-        except (OSError, ConflictError) as error:
-            _put_back(before, files)
-            if isinstance(error, ConflictError):
-                raise
-            message = f"{path} cannot be written: {error.strerror}; nothing was changed"
-            raise storage_error(error, message) from error
-        before[path] = old
+    with locked(path.parent for path in files):
+        for path, data in files.items():
+            try:
+                old = path.read_bytes() if path.exists() else None
+                if path in seen and old != seen[path]:
+                    raise ConflictError(f"{path} was changed meanwhile; try again")
+                write_atomically(path, data)
+            except (OSError, ConflictError) as error:
+                _put_back(before, files)
+                if isinstance(error, ConflictError):
+                    raise
+                message = f"{path} cannot be written: {error.strerror}; nothing was changed"
+                raise storage_error(error, message) from error
+            before[path] = old
     return before
 
 

@@ -37,8 +37,8 @@ async def changes(
     before = await _quiet(files)
     yield  # what has changed since they were read is no change from now on
     while True:
-        folders = await asyncio.to_thread(_folders, files())
         try:
+            folders = await asyncio.to_thread(_folders, files())
             watching = awatch(
                 *folders,
                 watch_filter=None,
@@ -57,7 +57,7 @@ async def changes(
                     if await asyncio.to_thread(_folders, files()) != folders:
                         break
         except (OSError, RuntimeError) as error:  # what the system says, and what the library makes of it
-            logger.warning("%s cannot be watched: %s", ", ".join(map(str, folders)), error)
+            logger.warning("%s cannot be watched: %s", ", ".join(map(str, files())), error)
             await asyncio.sleep(_AGAIN_S)
 
 

@@ -138,7 +138,7 @@ class Fleet(Generic[ServedT]):
             self._check_names(spec)
             async with self._built(spec) as deployment:
                 self._check_memory(deployment)
-                await self._start(deployment)
+                await deployment.dispatcher.start()
             self._name(deployment, spec.names)
 
     async def unload(self, name: str) -> None:
@@ -167,7 +167,7 @@ class Fleet(Generic[ServedT]):
                     self._check_memory(new, without=old)
                     await self._replace(old, new, names)
                     return
-                await self._start(new)
+                await new.dispatcher.start()
             self._hand_over(old, new, names)
             await self._retire(old)
 
@@ -178,11 +178,11 @@ class Fleet(Generic[ServedT]):
         old.dispatcher.refuse_new("it is being replaced")
         await self._finish(old)
         try:
-            await self._start(new)
+            await new.dispatcher.start()
         except Exception:
             logger.error("%s could not be started; starting %s again", new.spec.model, old.spec.model)
             async with self._built(old.spec) as again:
-                await self._start(again)
+                await again.dispatcher.start()
             self._hand_over(old, again, before)
             await _release(old)
             raise
@@ -191,19 +191,14 @@ class Fleet(Generic[ServedT]):
 
     @contextlib.asynccontextmanager
     async def _built(self, spec: ModelSpec) -> AsyncIterator[Deployment[ServedT]]:
-        """A deployment, which is let go of again if it cannot be started."""
+        """A deployment to be started meanwhile, which is let go of again if it cannot be."""
         deployment = await self._build(spec)
+        self._starting.append(deployment)
         try:
             yield deployment
         except BaseException:
             await _release(deployment)
             raise
-
-    async def _start(self, deployment: Deployment[ServedT]) -> None:
-        """Raises EngineStartError."""
-        self._starting.append(deployment)
-        try:
-            await deployment.dispatcher.start()
         finally:
             self._starting.remove(deployment)
 
@@ -216,11 +211,13 @@ class Fleet(Generic[ServedT]):
         """Let a model finish that nobody asks any more, and stop it."""
         loop = asyncio.get_running_loop()
         dispatcher, quiet_since_s, end_s = deployment.dispatcher, loop.time(), loop.time() + self._drain_timeout_s
-        while loop.time() < min(quiet_since_s + _QUIET_S, end_s):
-            await asyncio.sleep(_LOOK_S)
-            if dispatcher.num_open:
-                quiet_since_s = loop.time()
-        await dispatcher.stop()
+        try:
+            while loop.time() < min(quiet_since_s + _QUIET_S, end_s):
+                await asyncio.sleep(_LOOK_S)
+                if dispatcher.num_open:
+                    quiet_since_s = loop.time()
+        finally:  # where the server ends meanwhile, nobody else knows of it
+            await dispatcher.stop()
 
     def _check_memory(self, new: Deployment[ServedT], *, without: Deployment[ServedT] | None = None) -> None:
         """Raises InsufficientMemoryError where the machine cannot hold one model more, once another is gone."""

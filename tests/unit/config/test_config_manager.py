@@ -288,6 +288,20 @@ async def test_two_changes_at_once_are_both_made_or_one_is_refused(site: Site) -
     assert len(site.history.versions()) == 2
 
 
+async def test_of_two_processes_changes_none_is_lost(tmp_path: Path) -> None:
+    """Both have read the file before either writes it."""
+    first, second = Site(tmp_path), Site(tmp_path)
+    both = await asyncio.gather(
+        first.manager.change("gateway.max_choices", 11, **BY),
+        second.manager.change("gateway.keepalive_s", 5, **BY),
+        return_exceptions=True,
+    )
+    now = read_settings(ConfigSource(config=first.file)).settings.gateway
+    made = [not isinstance(one, BaseException) for one in both]
+    assert made == [now.max_choices == 11, now.keepalive_s == 5]
+    assert any(made)
+
+
 async def test_what_rules_the_machine_is_in_files_only(site: Site) -> None:
     for key, value in (
         ("home", "/tmp"),
@@ -576,6 +590,19 @@ async def test_a_file_that_is_written_in_two_halves_is_read_whole(site: Site) ->
             file.write(text[26:])
         await site.until(lambda: site.max_choices == 6)
     assert [after.models[0].model for _, after in site.asked] == ["b"]
+
+
+async def test_the_watch_goes_on_when_a_link_leads_to_itself(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(watch, "_AGAIN_S", 0.05)
+    async with site.watching():
+        site.file.unlink()
+        site.file.symlink_to(site.file.name)
+        await site.until(lambda: "cannot be watched: Symlink loop" in caplog.text)
+        site.file.unlink()
+        site.file.write_text(TEXT.replace("5", "6"))
+        await site.until(lambda: site.max_choices == 6)
 
 
 async def test_the_watch_goes_on_when_it_breaks(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

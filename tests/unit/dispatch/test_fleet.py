@@ -173,6 +173,30 @@ async def test_without_memory_for_both_the_old_one_goes_first() -> None:
         assert machine.released == ["b", "a"]
 
 
+async def test_a_model_that_waits_for_its_place_is_known() -> None:
+    """Settings that change meanwhile are for it, too."""
+    machine = FakeMachine(memory_bytes=6)
+    async with serving(machine, "a") as fleet:
+        running = asyncio.create_task(answer(machine.dispatchers["a"]))
+        await asyncio.sleep(0.02)
+        switching = asyncio.create_task(fleet.switch("a", ModelSpec(model="b")))
+        await asyncio.sleep(0.02)
+        assert {dispatcher.model for dispatcher in fleet.dispatchers} == {"a", "b"}
+        await asyncio.gather(running, switching)
+        assert [dispatcher.model for dispatcher in fleet.dispatchers] == ["b"]
+
+
+async def test_a_model_that_is_going_when_the_server_ends_ends_with_it() -> None:
+    machine = FakeMachine()
+    async with serving(machine, "a", "b") as fleet:
+        going = asyncio.create_task(fleet.unload("a"))
+        await asyncio.sleep(0.02)
+    assert not machine.engines[0].is_stopped
+    going.cancel()
+    await asyncio.gather(going, return_exceptions=True)
+    assert machine.engines[0].is_stopped
+
+
 async def test_and_comes_back_if_the_new_one_is_broken() -> None:
     machine = FakeMachine(memory_bytes=6)
     machine.broken = {"b"}

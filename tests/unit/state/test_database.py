@@ -5,6 +5,7 @@ import errno
 import random
 import sqlite3
 import stat
+import struct
 from pathlib import Path
 
 import pytest
@@ -227,10 +228,58 @@ async def test_another_writer_is_waited_for_and_not_for_ever(tmp_path: Path) -> 
     await database.close()
 
 
-@pytest.mark.parametrize("url", ["mysql://x/y", "sqlite://", "file"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mysql://x/y",
+        "sqlite://",
+        "sqlite:///",
+        "sqlite:///:memory:",
+        "sqlite:///a.db?mode=ro",
+        "file",
+        "postgresql://me:geheim@host:port/name",
+        "postgresql://me:geheim@host:99999/name",
+        "postgresql://me:geheim@host/name?sslmode=perhaps",
+        "postgresql://me:geheim@host/name?connect_timeout=3",
+    ],
+)
 def test_other_databases_are_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="database_url"):
+    with pytest.raises(ValueError, match="database_url") as failure:
         StateConfig(database_url=url)
+    assert "geheim" not in str(failure.value)
+
+
+async def test_the_connection_is_secured_as_the_url_says() -> None:
+    """A server that speaks in the clear only: nothing is told it."""
+    heard, is_over = bytearray(), asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.extend(await reader.readexactly(8))
+        writer.write(b"N")
+        heard.extend(await reader.read())
+        writer.close()
+        await writer.wait_closed()
+        is_over.set()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    url = f"postgresql://me:geheim@127.0.0.1:{port}/none?sslmode=require"
+    database = Database(StateConfig(database_url=url), default_path=Path("unused"))
+    with pytest.raises(StorageError):
+        await _num_files(database)
+    await database.close()
+    await is_over.wait()
+    server.close()
+    await server.wait_closed()
+    assert bytes(heard) == struct.pack(">ii", 8, 80877103)  # an SSLRequest
+
+
+async def test_a_path_is_no_url(tmp_path: Path) -> None:
+    path = tmp_path / "p%41?x" / "state.db"
+    database = Database(StateConfig(), default_path=path)
+    assert await _num_files(database) == 0
+    await database.close()
+    assert path.exists()
 
 
 async def test_what_is_wrong_is_no_trouble_of_the_databases(database: Database) -> None:

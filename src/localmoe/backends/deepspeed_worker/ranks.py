@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _SCRATCH = "localmoe-deepspeed-"
 _LOCK = "lock"
+_NEW_S = 60.0
+"""A folder of this age has its lock, if its worker lives."""
 _LOOPBACK = "127.0.0.1"
 
 
@@ -154,13 +157,26 @@ class Scratch:
     def remove(self) -> None:
         """Give the disk back."""
         if self.path is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
+            _remove(Path(self.path))
+            self._lock.close()
 
 
 def _remove_if_left(folder: Path) -> None:
     try:
+        if time.time() - folder.stat().st_mtime > _NEW_S:
+            (folder / _LOCK).touch()  # whoever was killed between making one and the other has it no more
         with (folder / _LOCK).open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder)
+            _remove(folder)
     except (BlockingIOError, FileNotFoundError):
         logger.info("another worker keeps weights in %s", folder)
+
+
+def _remove(folder: Path) -> None:
+    """The lock last, so that what a killed worker leaves of it is known to be nobody's."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != _LOCK:
+            entry.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
