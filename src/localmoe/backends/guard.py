@@ -10,16 +10,18 @@ Standard library only, and no import of ours: it is run by path, and has to star
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import select
 import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_AWAITED = (signal.SIGTERM, signal.SIGCHLD, signal.SIGIO)
+"""To be passed on; a process has ended; the lifeline has."""
 
 
 def main() -> int:
@@ -27,18 +29,13 @@ def main() -> int:
     lifeline, command = int(sys.argv[1]), sys.argv[2:]
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    woken, wake = os.pipe()
-    os.set_blocking(wake, False)
-    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, _ignore)  # only wakes us
-    guard = os.getpid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until it can be passed on
-    child = os.fork()
+    # Waited for instead of handled: handlers of Python's are interrupted by one another, a thousand deep if need be.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    guard, child = os.getpid(), os.fork()
     if child == 0:
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _AWAITED)
         os.set_inheritable(lifeline, False)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != guard:  # it died before that
@@ -48,23 +45,15 @@ def main() -> int:
         except OSError as error:
             print(f"{command[0]}: {error.strerror}", file=sys.stderr, flush=True)
             os._exit(127)
-    signal.signal(signal.SIGTERM, lambda *_: _pass_on(child))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    while True:
-        readable, _, _ = select.select([lifeline, woken], [], [])
-        if lifeline in readable:
-            break
-        os.read(woken, 4096)
+    while not select.select([lifeline], [], [], 0)[0]:
         status = _reap(child)
         if status is not None:
             _kill_descendants()
             return status
+        if signal.sigwait(_AWAITED) == signal.SIGTERM:
+            _pass_on(child)
     _kill_descendants()
     return 128 + signal.SIGKILL
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    pass
 
 
 def _pass_on(child: int) -> None:
@@ -89,7 +78,6 @@ def _reap(child: int) -> int | None:
 
 def _kill_descendants() -> None:
     """Children first; theirs become ours and are next."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the command that would get it has ended
     while children := Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
         for pid in children:
             try:
