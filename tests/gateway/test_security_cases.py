@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import hmac
+import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -32,7 +33,7 @@ from localmoe.state.config import StateConfig
 from localmoe.state.database import Database
 from localmoe.state.keys import SqlKeyStore
 from localmoe.text.text_model import TextModel
-from support.held_up import longest_gap_share
+from support.held_up import longest_gap_s, longest_gap_share
 from support.identity import MemoryKeyStore, bearer
 from support.models import greedy
 from support.tiny_text import scripted_app, write_tiny_text_model
@@ -428,6 +429,61 @@ class TestManyParts:
             )
         assert refused.status_code == 400, refused.text
         assert "more than 16384 parts are in it" in refused.text
+
+
+SCHEMA_OF_MANY = {"type": "object", "allOf": [{}] * 16_000}
+"""As large as a schema may be that is made of as many as there can be."""
+
+
+def tools_of(path: str, schemas: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if path == "/v1/messages":
+        return [{"name": f"f{index}", "input_schema": schema} for index, schema in enumerate(schemas)]
+    functions = [{"name": f"f{index}", "parameters": schema} for index, schema in enumerate(schemas)]
+    if path == "/v1/responses":
+        return [{"type": "function", **function} for function in functions]
+    return [{"type": "function", "function": function} for function in functions]
+
+
+class TestManyTools:
+    """A schema has a bound, and a hundred of them took many seconds in which nobody else was served."""
+
+    @pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/responses"])
+    async def test_their_schemas_are_bounded_together(self, text_model: TextModel, path: str) -> None:
+        question = "input" if path == "/v1/responses" else "messages"
+        body = {"model": "tiny", question: BODY["messages"], "tools": tools_of(path, [SCHEMA_OF_MANY] * 3)}
+        async with client_of(scripted_app(text_model, ScriptedBackend([5]))) as client:
+            refused = await client.post(
+                path, json={**body, **({"max_tokens": 1} if path == "/v1/messages" else {})}
+            )
+        assert refused.status_code == 400, refused.text
+        assert "more than 32768 values are in it" in refused.text
+
+    async def test_so_are_documents(self, text_model: TextModel) -> None:
+        async with client_of(scripted_app(text_model, ScriptedBackend([5]))) as client:
+            refused = await client.post(CHAT, json={**BODY, "documents": [{"numbers": [0] * 20_000}] * 2})
+        assert refused.status_code == 400, refused.text
+        assert refused.json()["error"]["param"] == "documents"
+        assert "more than 32768 values are in it" in refused.text
+
+    async def test_they_stall_others_no_longer_than_those_of_a_large_agent(self, text_model: TextModel) -> None:
+        name = {"type": "string", "description": "what a client has to say of it " * 3}
+        agents = {"type": "object", "properties": {f"name{place}": name for place in range(40)}}
+        app = scripted_app(text_model, ScriptedBackend([5]))
+        gaps_s = {}
+        async with client_of(app) as client:
+            for schema, num_tools, message in (
+                (agents, 128, "the model's context is 256 tokens"),
+                (SCHEMA_OF_MANY, 32, "values are in it"),
+            ):
+                content = json.dumps({**BODY, "tools": tools_of(CHAT, [schema] * num_tools)}).encode()
+                answering = asyncio.create_task(
+                    client.post(CHAT, content=content, headers={"content-type": "application/json"})
+                )
+                gaps_s[message] = await longest_gap_s(answering)
+                answer = await answering
+                assert message in answer.text
+        large_s, refused_s = gaps_s.values()
+        assert refused_s < 5 * large_s, gaps_s
 
 
 class TestServerSideFetch:

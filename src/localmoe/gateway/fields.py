@@ -31,6 +31,7 @@ MAX_TOKEN_IDS = 2**20
 """In one list from a client; over any context, and still checked within a fraction of a second."""
 MAX_PARTS_TOGETHER = 2**14
 """Objects and lists in all messages of a request. Each takes some ten microseconds, in which nobody is served."""
+_PARTS = (dict, list)
 MIN_TEMPERATURE = 1e-5
 """Below it, dividing logits could overflow, and the likeliest token would be drawn anyway."""
 MAX_N = 64
@@ -62,17 +63,21 @@ Metadata = Annotated[
 ]
 
 
-def _check_num_parts(value: Any) -> Any:
-    num_parts, pending = 0, [value]
-    while pending:
-        outer = pending.pop()
-        inner = outer.values() if isinstance(outer, dict) else outer
-        nested = [one for one in inner if isinstance(one, dict | list)]
-        pending += nested
-        num_parts += len(nested)
-        if num_parts > MAX_PARTS_TOGETHER:
-            raise InvalidRequestError(f"more than {MAX_PARTS_TOGETHER} parts are in it")
-    return value
+def _check_num_parts(value: list[Any]) -> list[Any]:
+    parts, num_parts = value, len(value)
+    while num_parts <= MAX_PARTS_TOGETHER:
+        nested = (
+            one
+            for part in parts
+            if isinstance(part, _PARTS)
+            for one in (part.values() if isinstance(part, dict) else part)
+            if isinstance(one, _PARTS)
+        )
+        parts = list(islice(nested, MAX_PARTS_TOGETHER + 1))  # of millions no more than it takes to refuse them
+        if not parts:
+            return value
+        num_parts += len(parts)
+    raise InvalidRequestError(f"more than {MAX_PARTS_TOGETHER} parts are in it")
 
 
 BOUNDED = BeforeValidator(lambda value: _check_num_parts(value) if isinstance(value, list) else value)

@@ -1,16 +1,20 @@
 """JSON in requests whose shape is not ours to say: schemas of tools, names for templates. It is bounded."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from localmoe.core.errors import InvalidRequestError
 
 MAX_JSON_BYTES = 2**16
 MAX_JSON_DEPTH = 32
+MAX_VALUES_TOGETHER = 2**15
+"""Objects, lists and what is in them, in all tools or documents of a request. To check a schema takes some
+microseconds, in which nobody is served; a megabyte of descriptions has fewer."""
 _MAX_INTEGER = 2**63
+_CONTAINERS = (dict, list)
 _TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
@@ -49,6 +53,20 @@ def check_schema(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _check_num_values(value: list[Any]) -> list[Any]:
+    num_values = 0
+    pending: list[Any] = [value]
+    while pending:
+        outer = pending.pop()
+        num_values += len(outer)
+        if num_values > MAX_VALUES_TOGETHER:
+            raise InvalidRequestError(f"more than {MAX_VALUES_TOGETHER} values are in it")
+        pending += [one for one in _values(outer) if isinstance(one, _CONTAINERS)]
+    return value
+
+
+BOUNDED_TOGETHER = BeforeValidator(lambda value: _check_num_values(value) if isinstance(value, list) else value)
+"""Of lists of such JSON: each has a bound, and so have all values of all of them."""
 JsonObject = Annotated[dict[str, Any], AfterValidator(check_json)]
 ObjectSchema = Annotated[dict[str, Any], AfterValidator(check_schema)]
 
@@ -89,6 +107,10 @@ def _inside(path: str, *names: str) -> str:
     return ".".join([path, *names] if path else names)
 
 
+def _values(outer: Any) -> Iterable[Any]:
+    return outer.values() if isinstance(outer, dict) else outer
+
+
 def _check_shape(value: Any) -> None:
     """Raise InvalidRequestError for what would take long to write, or could not be."""
     num_values = 0
@@ -99,12 +121,7 @@ def _check_shape(value: Any) -> None:
             raise InvalidRequestError(f"its JSON has more than the {MAX_JSON_BYTES} bytes allowed")
         if any(isinstance(one, int) and not -_MAX_INTEGER <= one < _MAX_INTEGER for one in level):
             raise InvalidRequestError("it has an integer of more than 64 bits")
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
+        level = [inner for outer in level if isinstance(outer, _CONTAINERS) for inner in _values(outer)]
         if not level:
             return
     raise InvalidRequestError(f"it is nested deeper than {MAX_JSON_DEPTH} levels")

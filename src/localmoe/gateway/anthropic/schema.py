@@ -19,7 +19,7 @@ from localmoe.gateway.fields import (
     Text,
     is_list,
 )
-from localmoe.gateway.json_fields import JsonObject, ObjectSchema
+from localmoe.gateway.json_fields import BOUNDED_TOGETHER, JsonObject, ObjectSchema
 from localmoe.gateway.kinds import kind_of, refuse_other_kinds
 from localmoe.gateway.openai.chat_messages import MAX_MESSAGES, MAX_PARTS, CalledName, CallId
 
@@ -264,7 +264,7 @@ class PromptFields(ApiModel):
         ]
         | None
     ) = None
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(default=None, max_length=_MAX_TOOLS)
+    tools: Annotated[list[Tool], Field(max_length=_MAX_TOOLS, fail_fast=True), BOUNDED_TOGETHER] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None

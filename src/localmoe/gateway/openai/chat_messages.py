@@ -7,7 +7,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from localmoe.core.errors import InvalidRequestError
 from localmoe.gateway.answering.conversation import MAX_TOOLS, check_tool_names
 from localmoe.gateway.fields import BOUNDED, UNICODE, ApiModel, Text, is_list
-from localmoe.gateway.json_fields import ObjectSchema
+from localmoe.gateway.json_fields import BOUNDED_TOGETHER, ObjectSchema
 from localmoe.gateway.kinds import kind_of, refuse_other_kinds
 
 MAX_MESSAGES = 4096
@@ -197,7 +197,7 @@ class FunctionTool(ApiModel):
 
 
 Tool = Annotated[FunctionTool, refuse_other_kinds("tools", "function")]
-Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)]
+Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS), BOUNDED_TOGETHER]
 
 
 class ChosenFunction(ApiModel):

@@ -10,7 +10,7 @@ from localmoe.core.request import FinishReason
 from localmoe.gateway.answering.conversation import Conversation
 from localmoe.gateway.answering.structured import ResponseFormat, grammar_of
 from localmoe.gateway.fields import MAX_TOKENS, MAX_TOP_LOGPROBS, SamplingFields, UsageCounts
-from localmoe.gateway.json_fields import JsonObject
+from localmoe.gateway.json_fields import BOUNDED_TOGETHER, JsonObject
 from localmoe.gateway.openai.chat_messages import (
     Messages,
     NamedToolChoice,
@@ -84,9 +84,9 @@ class ChatCompletionRequest(SamplingFields):
     chat_template_kwargs: JsonObject | None = Field(
         default=None, max_length=64, description="Further names for the chat template, such as `enable_thinking`."
     )
-    documents: Annotated[list[JsonObject], Field(max_length=MAX_DOCUMENTS, fail_fast=True)] | None = Field(
-        default=None, description="Texts to answer from, for models whose template knows documents."
-    )
+    documents: (
+        Annotated[list[JsonObject], Field(max_length=MAX_DOCUMENTS, fail_fast=True), BOUNDED_TOGETHER] | None
+    ) = Field(default=None, description="Texts to answer from, for models whose template knows documents.")
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:

@@ -19,7 +19,7 @@ from localmoe.gateway.fields import (
     Text,
     is_list,
 )
-from localmoe.gateway.json_fields import ObjectSchema
+from localmoe.gateway.json_fields import BOUNDED_TOGETHER, ObjectSchema
 from localmoe.gateway.kinds import check_kind, kind_of, refuse_other_kinds
 from localmoe.gateway.openai.chat_messages import MAX_MESSAGES, MAX_PARTS, CalledName, CallId, FunctionName
 
@@ -287,7 +287,7 @@ class ResponseRequest(ApiModel):
     top_logprobs: int | None = Field(
         default=None, ge=0, le=MAX_TOP_LOGPROBS, description=f"Alternatives to report; needs `{LOGPROBS}`."
     )
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(default=None, max_length=MAX_TOOLS)
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True), BOUNDED_TOGETHER] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = Field(default=None, description="Whether calls may be several.")
     text: TextConfig | None = None
