@@ -6,14 +6,16 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from localmoe.backends.scripted import ScriptedBackend, ScriptedFailure
 from localmoe.core.errors import BackendUnavailableError, EngineFaultError, OverloadedError
-from localmoe.core.request import Request, TokenChunk
+from localmoe.core.request import FinishReason, PromptSource, Request, TokenChunk
 from localmoe.gateway.config import GatewayConfig
+from localmoe.gateway.context import ServedModel
 from localmoe.text.text_model import TextModel
-from support.tiny_text import CHAT_TEMPLATE, encode, write_tiny_text_model
+from support.tiny_text import CHAT_TEMPLATE, encode, gateway_app, write_tiny_text_model
 
 BODY: dict[str, Any] = {"model": "tiny", "max_tokens": 64, "messages": [{"role": "user", "content": "hi"}]}
 WEATHER = {"name": "weather", "description": "Tells it.", "input_schema": {"type": "object", "properties": {}}}
@@ -143,6 +145,39 @@ async def test_thoughts_text_and_calls_are_blocks_one_after_the_other(serve, thi
         d["delta"]["partial_json"] for d in joined(events_of(streamed)) if "partial_json" in d.get("delta", {})
     ]
     assert [json.loads(piece) for piece in pieces] == [{"city": "Ulm"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "effort"),
+    [
+        ({}, None),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, None),
+        ({"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}, "low"),
+        ({"output_config": {"effort": "high"}}, "high"),
+        ({"output_config": {"effort": "max"}}, "max"),
+        ({"thinking": {"type": "disabled"}}, "none"),
+        ({"thinking": {"type": "disabled"}, "output_config": {"effort": "medium"}}, "medium"),
+    ],
+)
+async def test_other_servers_hear_of_thinking_only_what_was_said(fields: Any, effort: str | None) -> None:
+    sources: list[PromptSource] = []
+
+    class TextEngine:
+        """Most of its kind refuse a word on reasoning."""
+
+        is_ready = True
+
+        async def generate(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
+            assert request.source is not None
+            sources.append(request.source)
+            yield TokenChunk(request_id=request.id, text="yes", finish_reason=FinishReason.STOP)
+
+    model = ServedModel(id="tiny", created=1, text=None, context_tokens=None, generator=TextEngine())
+    transport = httpx2.ASGITransport(app=gateway_app(model))
+    async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
+        answer = await client.post("/v1/messages", json={**BODY, **fields})
+    assert answer.status_code == 200, answer.text
+    assert sources[0].parameters == ({} if effort is None else {"reasoning_effort": effort})
 
 
 @pytest.mark.parametrize(

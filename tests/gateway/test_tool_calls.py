@@ -316,6 +316,8 @@ async def test_how_much_to_think(tool_text: TextModel, thinking_text: TextModel)
     recorder = Recorder(thinking_text, "Hi")
     low = await ask(recorder, reasoning_effort="low")
     assert recorder.prompt.endswith("<think>\nlow")
+    assert (await ask(recorder, reasoning_effort="max")).is_success
+    assert recorder.prompt.endswith("max")
     none = await ask(recorder, reasoning_effort="none")
     assert recorder.prompt.endswith("<assistant>none")
     assert none.json()["choices"][0]["message"]["content"] == "Hi"

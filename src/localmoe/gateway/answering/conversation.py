@@ -53,6 +53,9 @@ class Conversation:
     """Where the API has that."""
     thinks: bool | None = None
     """Whether to reason first, for templates that can be told; None: as the model likes."""
+    forbids_thinking: bool = False
+    """Whether the client says itself that it must not. Only then are engines told that make prompts themselves: those
+    that know of no reasoning refuse the word."""
     effort: str | None = None
     """How much, likewise."""
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -292,9 +295,10 @@ def _source_parameters(conversation: Conversation) -> Iterator[tuple[str, Any]]:
         )
         if not conversation.parallel_tool_calls:
             yield "parallel_tool_calls", False
-    effort = "none" if conversation.thinks is False else conversation.effort
-    if effort is not None:
-        yield "reasoning_effort", effort
+    if conversation.effort is not None:
+        yield "reasoning_effort", conversation.effort
+    elif conversation.forbids_thinking:
+        yield "reasoning_effort", "none"
 
 
 def check_tool_names(tools: Sequence[Mapping[str, Any]], forced: str | None, *, choice_field: str) -> None:

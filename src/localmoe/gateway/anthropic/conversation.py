@@ -43,6 +43,7 @@ def conversation_of(body: PromptFields, sampling: SamplingFields, max_tokens: in
         response_grammar=_grammar(body),
         response_field="output_config.format",
         thinks=body.thinks,
+        forbids_thinking=body.forbids_thinking,
         effort=None if output is None else output.effort,
         other_part=next(_other_parts(body.messages), None),
     )

@@ -294,6 +294,11 @@ class PromptFields(ApiModel):
         return self.thinking is not None and self.thinking.type != "disabled"
 
     @property
+    def forbids_thinking(self) -> bool:
+        """Whether it says that the model is not to."""
+        return self.thinking is not None and self.thinking.type == "disabled"
+
+    @property
     def shows_thoughts(self) -> bool:
         """Whether thinking blocks have their text."""
         return self.thinking is None or self.thinking.display != "omitted"

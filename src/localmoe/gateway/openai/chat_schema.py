@@ -78,7 +78,7 @@ class ChatCompletionRequest(SamplingFields):
     )
     parallel_tool_calls: bool | None = Field(default=None, description="Whether an answer may have several calls.")
     response_format: ResponseFormat | None = Field(default=None, description="What the answer's content must be.")
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
         default=None, description="How much to think, for models whose template knows that."
     )
     chat_template_kwargs: JsonObject | None = Field(
