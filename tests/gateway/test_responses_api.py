@@ -311,13 +311,29 @@ async def turns_until_refused(client: httpx2.AsyncClient, body: dict[str, Any]) 
 
 
 async def test_a_conversation_has_a_bound(serve, text_model: TextModel) -> None:
-    body = {**BODY, "metadata": {"a": "x" * 500}}
     async with serve(
-        ScriptedBackend(encode(text_model, "ok")), config=GatewayConfig(max_body_bytes=3000)
+        ScriptedBackend(encode(text_model, "ok")),
+        config=GatewayConfig(max_body_bytes=3000),
+        context_tokens=100_000,
     ) as client:
-        num_turns, error = await turns_until_refused(client, body)
+        num_turns, error = await turns_until_refused(client, {**BODY, "input": "x" * 900})
     assert error["code"] == "conversation_too_long"
-    assert num_turns == 2
+    assert "3000 bytes" in error["message"]
+    assert num_turns == 3
+
+
+async def test_what_nobody_said_takes_no_room_in_it(serve, text_model: TextModel) -> None:
+    """Tools come with each turn of an agent, and took its conversation's bound after some turns of few words. Only so
+    much of them as no agent has is too much to read."""
+    tool = {"type": "function", "name": "f", "description": "x" * 2000}
+    async with serve(
+        ScriptedBackend(encode(text_model, "ok")),
+        config=GatewayConfig(max_body_bytes=3000),
+        context_tokens=100_000,
+    ) as client:
+        num_turns, error = await turns_until_refused(client, {**BODY, "tools": [tool], "tool_choice": "none"})
+    assert error["code"] == "conversation_too_long"
+    assert num_turns > 7
 
 
 async def test_so_have_the_parts_of_a_conversation(serve, text_model: TextModel) -> None:

@@ -27,8 +27,10 @@ from localmoe.gateway.jobs.owners import could_be_id
 from localmoe.gateway.openai.chat_messages import MAX_MESSAGES
 from localmoe.gateway.responses.answer import ResponseAnswer, set_failed
 from localmoe.gateway.responses.schema import InputItem, MessageItem
-from localmoe.gateway.responses.wire import ResponseError, StoredResponse
+from localmoe.gateway.responses.wire import OutputMessage, ResponseError, StoredResponse
 
+_MAX_READ_RATIO = 16
+"""Of all that is kept of a conversation's responses to what was said in them: tools and scores are kept, too."""
 _GRACE_S = 60.0
 """After which nobody is still about to say what became of a response."""
 UNFINISHED = ("queued", "in_progress")
@@ -44,7 +46,7 @@ class ResponseKeeper:
     Args:
         limit_s: a background response that is not complete after this long has failed, even where its gateway was
             killed and cannot say so.
-        max_conversation_bytes: of the responses that one may go on from.
+        max_conversation_bytes: of what was said in the responses that one may go on from.
     """
 
     def __init__(self, store: ResponseStore, owner: str, *, limit_s: float, max_conversation_bytes: int) -> None:
@@ -92,22 +94,21 @@ class ResponseKeeper:
             InvalidRequestError: some of it is there no more, is not complete, or it is too long.
         """
         turns: list[list[InputItem]] = []
-        num_bytes = num_items = num_parts = 0
+        num_bytes = num_bytes_read = num_items = num_parts = 0
         while response_id is not None:
             data = await self._data(response_id)
             if data is None:
                 raise _previous_error(str(_not_found(response_id)), "previous_response_not_found")
-            num_bytes += len(data)
-            if num_bytes > self._max_conversation_bytes:
-                raise _previous_error(
-                    f"the conversation has more than the {self._max_conversation_bytes} bytes allowed",
-                    "conversation_too_long",
-                )
-            items, response_id = await work_on(len(data), _turn, data)
+            num_bytes_read += len(data)
+            if num_bytes_read > _MAX_READ_RATIO * self._max_conversation_bytes:
+                raise _previous_error("too much is kept with the conversation", "conversation_too_long")
+            items, num_bytes_said, response_id = await work_on(len(data), _turn, data)
             turns.append(items)
+            num_bytes += num_bytes_said
             num_items += len(items)
             num_parts += sum(map(_num_parts, items))
             for number, most, what in (
+                (num_bytes, self._max_conversation_bytes, "bytes"),
                 (num_items, MAX_MESSAGES, "items"),
                 (num_parts, MAX_PARTS_TOGETHER, "parts"),
             ):
@@ -160,15 +161,19 @@ def _num_parts(item: InputItem) -> int:
     return sum(len(field) for field in vars(item).values() if isinstance(field, list))
 
 
-def _turn(data: bytes) -> tuple[list[InputItem], str | None]:
-    """What was said in one response, and the id of the one before."""
+def _turn(data: bytes) -> tuple[list[InputItem], int, str | None]:
+    """What was said in one response, the bytes of its JSON, and the id of the response before."""
     stored = _stored(data)
     response = stored.response
     if response.status in UNFINISHED:
         raise _previous_error(f"response {response.id!r} is not complete yet", "previous_response_unfinished")
+    for item in response.output:
+        for part in item.content if isinstance(item, OutputMessage) else ():
+            part.logprobs = []  # which nobody said
     said = [*stored.input, *(msgspec.to_builtins(item) for item in response.output)]
+    num_bytes = len(msgspec.json.encode(said))
     try:
-        return [_items.validate_python(item) for item in said], response.previous_response_id
+        return [_items.validate_python(item) for item in said], num_bytes, response.previous_response_id
     except ValidationError as error:  # a server elsewhere may have called a function by any name
         message = f"response {response.id!r} has something in it that cannot be gone on from"
         raise _previous_error(message, "previous_response_unusable") from error
