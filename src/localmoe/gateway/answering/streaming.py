@@ -80,9 +80,14 @@ def _fields(model: Any) -> dict[str, Any]:
 _encoder = msgspec.json.Encoder(enc_hook=_fields)
 
 
+def encode(data: Mapping[str, Any]) -> bytes:
+    """JSON. Fields of pydantic models in it that were not set are left out."""
+    return _encoder.encode(data)
+
+
 def encode_event(data: Mapping[str, Any]) -> bytes:
-    """A server-sent event. Fields of pydantic models in it that were not set are left out."""
-    return b"data: " + _encoder.encode(data) + b"\n\n"
+    """A server-sent event of it; see `encode`."""
+    return b"data: " + encode(data) + b"\n\n"
 
 
 def encode_tagged(event: msgspec.Struct) -> bytes:

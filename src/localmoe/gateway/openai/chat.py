@@ -2,30 +2,29 @@
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from localmoe.core.request import FinishReason, ToolCallDelta
 from localmoe.gateway.answering.conversation import choices
-from localmoe.gateway.answering.generation import ChoiceDelta, ScoredToken, UsageCounter, stream_choices
+from localmoe.gateway.answering.generation import ChoiceDelta, UsageCounter, stream_choices
 from localmoe.gateway.answering.hints import DispatchHints, dispatch_hints
 from localmoe.gateway.answering.sampling import bounded_logprobs
-from localmoe.gateway.answering.streaming import DONE, Begun, encode_event, respond
+from localmoe.gateway.answering.streaming import DONE, Begun, encode, encode_event, respond
 from localmoe.gateway.context import GatewayContext, ServedModel
 from localmoe.gateway.openai.chat_schema import (
     AssistantMessage,
-    ChatChoice,
     ChatCompletion,
     ChatCompletionChunk,
     ChatCompletionRequest,
-    ChatLogprobs,
     FunctionCall,
     ToolCall,
 )
-from localmoe.gateway.openai.logprobs import chat_logprobs
+from localmoe.gateway.openai.logprobs import Scorer
 from localmoe.gateway.openapi import ERROR_RESPONSES, documented
 
 API = "chat.completions"
@@ -75,16 +74,14 @@ class ChatAnswer:
     """One request's answer, in the making."""
 
     def __init__(self, body: ChatCompletionRequest, model: ServedModel, num_choices: int, answer_id: str) -> None:
-        self._model = model
         self._with_logprobs = body.num_logprobs is not None
+        self._scorer = Scorer(model)
         self._begun: set[int] = set()
         self._include_usage = body.include_usage
-        self._id = answer_id
-        self._created = int(time.time())
         self._envelope = {
             "id": answer_id,
             "object": "chat.completion.chunk",
-            "created": self._created,
+            "created": int(time.time()),
             "model": model.id,
         }
         self._messages = [_Message() for _ in range(num_choices)]
@@ -93,27 +90,21 @@ class ChatAnswer:
     def add(self, delta: ChoiceDelta) -> None:
         """See `Answer.add`."""
         self._usage.count(delta)
-        self._messages[delta.index].add(delta)
+        self._messages[delta.index].add(delta, self._scorer.entries(delta.scored))
 
     def whole(self) -> bytes:
-        """See `Answer.whole`."""
-        whole = ChatCompletion(
-            id=self._id,
-            object="chat.completion",
-            created=self._created,
-            model=self._model.id,
-            choices=[
-                ChatChoice(
-                    index=index,
-                    message=message.whole(),
-                    logprobs=self._logprobs(message.scored) if self._with_logprobs else None,
-                    finish_reason=message.finish_reason,
-                )
-                for index, message in enumerate(self._messages)
-            ],
-            usage=self._usage.usage(),
-        )
-        return whole.model_dump_json(exclude_unset=True).encode()
+        """See `Answer.whole`: a `ChatCompletion`."""
+        choices = [
+            {
+                "index": index,
+                "message": message.whole(),
+                "logprobs": _logprobs(message.scores) if self._with_logprobs else None,
+                "finish_reason": message.finish_reason,
+            }
+            for index, message in enumerate(self._messages)
+        ]
+        envelope = {**self._envelope, "object": "chat.completion"}
+        return encode({**envelope, "choices": choices, "usage": self._usage.usage()})
 
     def events(self, delta: ChoiceDelta) -> bytes:
         """See `Answer.events`: the role at first, what there is, and an empty chunk with the reason at the end."""
@@ -125,7 +116,7 @@ class ChatAnswer:
         if delta.reasoning:
             events += self._event(delta.index, {"reasoning_content": delta.reasoning})
         if delta.text or delta.scored:
-            logprobs = self._logprobs(delta.scored) if delta.scored else None
+            logprobs = _logprobs(self._scorer.entries(delta.scored)) if delta.scored else None
             events += self._event(delta.index, {"content": delta.text}, logprobs=logprobs)
         if delta.tool_calls:
             events += self._event(delta.index, {"tool_calls": [_call_chunk(call) for call in delta.tool_calls]})
@@ -144,7 +135,7 @@ class ChatAnswer:
         index: int,
         delta: Mapping[str, Any],
         *,
-        logprobs: ChatLogprobs | None = None,
+        logprobs: Mapping[str, Any] | None = None,
         finish_reason: FinishReason | None = None,
     ) -> bytes:
         """A `ChatCompletionChunk`."""
@@ -153,9 +144,6 @@ class ChatAnswer:
         if self._include_usage:
             chunk["usage"] = None
         return encode_event(chunk)
-
-    def _logprobs(self, scored: Sequence[ScoredToken]) -> ChatLogprobs:
-        return chat_logprobs(self._model.local_text.tokenizer, scored)
 
 
 class _Message:
@@ -167,12 +155,12 @@ class _Message:
         self._texts: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[tuple[ToolCallDelta, list[str]]] = []
-        self.scored: list[ScoredToken] = []
+        self.scores: list[msgspec.Raw] = []
 
-    def add(self, delta: ChoiceDelta) -> None:
+    def add(self, delta: ChoiceDelta, scores: list[msgspec.Raw]) -> None:
         self._texts.append(delta.text)
         self._reasoning.append(delta.reasoning)
-        self.scored += delta.scored
+        self.scores += scores
         for call in delta.tool_calls:
             if call.name is not None:
                 self._calls.append((call, []))
@@ -196,6 +184,11 @@ class _Message:
             ]
         shown = content if content or not self._calls else None
         return AssistantMessage(role="assistant", content=shown, refusal=None, **parts)
+
+
+def _logprobs(scores: list[msgspec.Raw]) -> dict[str, Any]:
+    """A `ChatLogprobs`."""
+    return {"content": scores, "refusal": None}
 
 
 def _call_chunk(call: ToolCallDelta) -> dict[str, Any]:

@@ -20,15 +20,13 @@ from localmoe.gateway.answering.sampling import (
     resolve_max_tokens,
     sampling_params,
 )
-from localmoe.gateway.answering.streaming import DONE, Begun, encode_event, respond
+from localmoe.gateway.answering.streaming import DONE, Begun, encode, encode_event, respond
 from localmoe.gateway.context import GatewayContext, ServedModel
 from localmoe.gateway.openai.completions_schema import (
     Completion,
-    CompletionChoice,
-    CompletionLogprobs,
     CompletionRequest,
 )
-from localmoe.gateway.openai.logprobs import completion_logprobs, join, prompt_logprobs
+from localmoe.gateway.openai.logprobs import CompletionScores, Scorer
 from localmoe.gateway.openapi import ERROR_RESPONSES, documented
 
 API = "completions"
@@ -96,11 +94,11 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str 
 
 
 class _Piece(msgspec.Struct, frozen=True, kw_only=True):
-    """A `CompletionChoice`, which takes longer to make."""
+    """A `CompletionChoice`, or a part of one."""
 
     index: int
     text: str
-    logprobs: CompletionLogprobs | None
+    logprobs: CompletionScores | None
     finish_reason: FinishReason | None
 
 
@@ -115,8 +113,8 @@ class CompletionAnswer:
         hints: DispatchHints,
     ) -> None:
         self._model = model
+        self._scorer = Scorer(model)
         self._id = f"cmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
         self._n = body.n or 1
         self._echo = bool(body.echo)
         self._with_logprobs = body.logprobs is not None
@@ -126,10 +124,10 @@ class CompletionAnswer:
         self._envelope = {
             "id": self._id,
             "object": "text_completion",
-            "created": self._created,
+            "created": int(time.time()),
             "model": model.id,
         }
-        self._prompt_logprobs: dict[int, CompletionLogprobs] = {}
+        self._prompt_logprobs: dict[int, CompletionScores] = {}
         """By prompt; the first of its answers brings them."""
         self._held: dict[int, list[ChoiceDelta]] = {}
         """By prompt: of its other answers, until then."""
@@ -175,16 +173,9 @@ class CompletionAnswer:
             self._collected[piece.index].append(piece)
 
     def whole(self) -> bytes:
-        """See `Answer.whole`."""
-        whole = Completion(
-            id=self._id,
-            object="text_completion",
-            created=self._created,
-            model=self._model.id,
-            choices=[_join_pieces(choice) for choice in self._collected],
-            usage=self._usage.usage(),
-        )
-        return whole.model_dump_json(exclude_unset=True).encode()
+        """See `Answer.whole`: a `Completion`."""
+        choices = [_join_pieces(choice) for choice in self._collected]
+        return encode({**self._envelope, "choices": choices, "usage": self._usage.usage()})
 
     def events(self, delta: ChoiceDelta) -> bytes:
         """See `Answer.events`."""
@@ -227,26 +218,29 @@ class CompletionAnswer:
             base = len(self._prompts[prompt].text)
             logprobs = None
             if self._with_logprobs:
-                logprobs = completion_logprobs(self._model.local_text.tokenizer, delta.scored, base_offset=base)
+                logprobs = self._scorer.completion_scores(delta.scored, base_offset=base)
             pieces.append(_Piece(index=delta.index, text=delta.text, logprobs=logprobs, finish_reason=None))
         if delta.finish_reason is not None:
             reason = delta.finish_reason
             pieces.append(_Piece(index=delta.index, text="", logprobs=None, finish_reason=reason))
         return pieces
 
-    def _score(self, prompt: EncodedPrompt, scored: list[TokenLogprob] | None) -> CompletionLogprobs:
+    def _score(self, prompt: EncodedPrompt, scored: list[TokenLogprob] | None) -> CompletionScores:
         if scored is None:
             raise EngineFaultError("the engine sent no log-probabilities of the prompt")
-        tokenizer = self._model.local_text.tokenizer
-        return prompt_logprobs(tokenizer, prompt.ids, scored, num_prefix_tokens=prompt.num_prefix_tokens)
+        return self._scorer.prompt_scores(prompt.ids, scored, num_prefix_tokens=prompt.num_prefix_tokens)
 
 
-def _join_pieces(pieces: Sequence[_Piece]) -> CompletionChoice:
-    logprobs = [piece.logprobs for piece in pieces if piece.logprobs is not None]
+def _join_pieces(pieces: Sequence[_Piece]) -> _Piece:
+    scores = None
+    for piece in pieces:
+        if piece.logprobs is not None:
+            scores = scores or CompletionScores([], [], [], [])
+            scores.add(piece.logprobs)  # into lists of its own: several answers share a prompt's
     last = pieces[-1]
-    return CompletionChoice(
+    return _Piece(
         index=last.index,
         text="".join(piece.text for piece in pieces),
-        logprobs=join(logprobs) if logprobs else None,
+        logprobs=scores,
         finish_reason=last.finish_reason,
     )

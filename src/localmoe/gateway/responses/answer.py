@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import msgspec
 
@@ -41,14 +40,15 @@ from localmoe.gateway.responses.wire import (
     ResponseObject,
     ResponseStreamEvent,
     ResponseUsage,
+    Score,
 )
 
 _ITEM_PREFIXES = {SegmentKind.CONTENT: "msg", SegmentKind.REASONING: "rs", SegmentKind.TOOL_CALL: "fc"}
 
-Score = Callable[[list[ScoredToken]], list[dict[str, Any]]]
+ShowScores = Callable[[Sequence[ScoredToken]], list[Score]]
 
 
-def no_scores(scored: list[ScoredToken]) -> list[dict[str, Any]]:
+def no_scores(scored: Sequence[ScoredToken]) -> list[Score]:
     """For answers whose log-probabilities were not asked for."""
     return []
 
@@ -69,7 +69,7 @@ class ResponseAnswer:
         score: shows log-probabilities.
     """
 
-    def __init__(self, response: ResponseObject, *, score: Score = no_scores) -> None:
+    def __init__(self, response: ResponseObject, *, score: ShowScores = no_scores) -> None:
         self.response = response
         """As it is now."""
         self._items = _Items(response.id, score)
@@ -150,12 +150,12 @@ class ResponseAnswer:
 class _Items:
     """Output items, one after the other, and the events that tell of them, which have no numbers yet."""
 
-    def __init__(self, response_id: str, score: Score) -> None:
+    def __init__(self, response_id: str, score: ShowScores) -> None:
         self._suffix = response_id.partition("_")[2]
         self._score = score
         self._id = ""
         self._call = Begin(kind=SegmentKind.TOOL_CALL)
-        self._logprobs: list[dict[str, Any]] = []
+        self._logprobs: list[Score] = []
         self.whole: list[OutputItem] = []
         """Those that are complete."""
 

@@ -4,18 +4,16 @@ import asyncio
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any
 
 from localmoe.core.errors import DeadlineExceededError
 from localmoe.gateway.answering.conversation import choices
-from localmoe.gateway.answering.generation import ScoredToken, stream_choices
+from localmoe.gateway.answering.generation import stream_choices
 from localmoe.gateway.answering.hints import DispatchHints
 from localmoe.gateway.answering.sampling import bounded_logprobs
 from localmoe.gateway.answering.streaming import Begun, collect, encode_tagged
 from localmoe.gateway.context import GatewayContext, ServedModel
 from localmoe.gateway.errors import ApiError, to_api_error
-from localmoe.gateway.openai.logprobs import chat_logprobs
+from localmoe.gateway.openai.logprobs import Scorer
 from localmoe.gateway.responses.answer import ResponseAnswer, no_scores, set_failed
 from localmoe.gateway.responses.conversation import conversation_of
 from localmoe.gateway.responses.keeping import ResponseKeeper, numbered
@@ -67,7 +65,7 @@ class Creation:
         sampling = asked[0].request.sampling
         response = self._response(model.id, "in_progress")
         response.temperature, response.top_p = sampling.temperature, sampling.top_p
-        score = partial(_score, model) if body.wants_logprobs else no_scores
+        score = Scorer(model).entries if body.wants_logprobs else no_scores
         answer = self._answer = ResponseAnswer(response, score=score)
         deltas = stream_choices(model, asked, api=API, bus=self._context.bus, started_s=self._hints.came_s)
         if response.store:
@@ -135,7 +133,3 @@ class Creation:
             top_logprobs=body.top_logprobs or 0,
             top_p=body.top_p,
         )
-
-
-def _score(model: ServedModel, scored: list[ScoredToken]) -> list[dict[str, Any]]:
-    return [entry.model_dump() for entry in chat_logprobs(model.local_text.tokenizer, scored).content]

@@ -4,10 +4,12 @@ msgspec structs, since they are encoded once per event and decoded from the stor
 a tag.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+Score = Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": "object"})]
+"""A `TokenLogprobEntry`, which is encoded once: it is in four events of a stream, and kept."""
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 ResponseStatus = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
@@ -17,7 +19,7 @@ class OutputText(msgspec.Struct, kw_only=True, tag_field="type", tag="output_tex
 
     text: str
     annotations: list[Any] = []
-    logprobs: list[dict[str, Any]] = []
+    logprobs: list[Score] = []
     """Of its tokens, where they were asked for."""
 
 
@@ -196,14 +198,14 @@ class OutputTextDelta(_InPart, kw_only=True, tag="response.output_text.delta"):
     """More of a text."""
 
     delta: str
-    logprobs: list[dict[str, Any]]
+    logprobs: list[Score]
 
 
 class OutputTextDone(_InPart, kw_only=True, tag="response.output_text.done"):
     """The whole text."""
 
     text: str
-    logprobs: list[dict[str, Any]]
+    logprobs: list[Score]
 
 
 class ReasoningTextDelta(_InPart, kw_only=True, tag="response.reasoning_text.delta"):
