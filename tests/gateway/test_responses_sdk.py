@@ -1,5 +1,6 @@
 """OpenAI's own client, unmodified, for responses against a real server."""
 
+import asyncio
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,9 @@ from pydantic import BaseModel
 
 from localmoe.backends.scripted import ScriptedBackend, ScriptedFailure
 from localmoe.core.errors import EngineFaultError
-from localmoe.core.request import Request
+from localmoe.core.request import Grammar, Request
+from localmoe.gateway.answering.grammar_checks import GrammarChecker
+from localmoe.gateway.config import GatewayConfig
 from localmoe.text.text_model import TextModel
 from support.live_server import LiveServer
 from support.tiny_text import encode, gateway_app, served_model
@@ -144,3 +147,33 @@ def test_leaving_frees_the_engine(sdk: openai.OpenAI, backend: ScriptedBackend, 
     while backend.num_running and time.monotonic() < deadline_s:
         time.sleep(0.01)
     assert (backend.num_running, backend.num_cancelled) == (0, 1)
+
+
+@pytest.mark.parametrize("where", ["engine", "before"])
+def test_failures_after_a_keep_alive_and_before_an_answer(
+    text_model: TextModel, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """The stream has begun, so they are events; and the client takes none before that of a response's creation."""
+
+    async def fail_slowly(checker: GrammarChecker, grammar: Grammar, *, param: str) -> None:
+        await asyncio.sleep(0.1)
+        raise EngineFaultError("broken")
+
+    if where == "before":
+        monkeypatch.setattr(GrammarChecker, "check", fail_slowly)
+    failure = ScriptedFailure(error=EngineFaultError("broken"))
+    backend = ScriptedBackend([5], delay_s=0.1, failure=failure)
+    served = served_model(text_model, backend, context_tokens=2000)
+    app = gateway_app(served, config=GatewayConfig(keepalive_s=0.02))
+    with (
+        LiveServer(app, backend.start) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+        client.responses.stream(model="tiny", input="hi", text={"format": {"type": "json_object"}}) as stream,
+    ):
+        created, in_progress, failed = stream
+    assert created.type == "response.created"
+    assert in_progress.type == "response.in_progress"
+    assert failed.type == "response.failed"
+    assert (created.response.id, created.response.status) == (failed.response.id, "in_progress")
+    assert failed.response.error is not None
+    assert failed.response.error.message == "broken"

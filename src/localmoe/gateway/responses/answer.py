@@ -80,11 +80,7 @@ class ResponseAnswer:
 
     def events(self, delta: ChoiceDelta) -> bytes:
         """See `Answer.events`: how the response begins at first, then items as they come."""
-        if self._num_events:
-            return self._encode(self._push(delta))
-        begins = ResponseInProgress(sequence_number=1, response=self.response)
-        events = self._encode([ResponseCreated(sequence_number=0, response=self.response), begins])
-        return events + self._encode(self._push(delta))
+        return self._beginning() + self._encode(self._push(delta))
 
     def end(self) -> bytes:
         """See `Answer.end`."""
@@ -92,9 +88,11 @@ class ResponseAnswer:
         return self._encode([kind(sequence_number=0, response=self.response)])
 
     def failure(self, error: ApiError) -> bytes:
-        """The last event of a stream that breaks off."""
+        """The last event of a stream that breaks off, after those of its beginning, without which official clients
+        understand none."""
+        beginning = self._beginning()
         set_failed(self.response, error)
-        return self._encode([ResponseFailed(sequence_number=0, response=self.response)])
+        return beginning + self._encode([ResponseFailed(sequence_number=0, response=self.response)])
 
     def add(self, delta: ChoiceDelta) -> None:
         """See `Answer.add`."""
@@ -103,6 +101,13 @@ class ResponseAnswer:
     def whole(self) -> bytes:
         """See `Answer.whole`."""
         return msgspec.json.encode(self.response)
+
+    def _beginning(self) -> bytes:
+        """How the response begins, unless that was said."""
+        if self._num_events:
+            return b""
+        in_progress = ResponseInProgress(sequence_number=0, response=self.response)
+        return self._encode([ResponseCreated(sequence_number=0, response=self.response), in_progress])
 
     def _push(self, delta: ChoiceDelta) -> list[ResponseStreamEvent]:
         if delta.reasoning:

@@ -10,7 +10,7 @@ from localmoe.gateway.answering.conversation import choices
 from localmoe.gateway.answering.generation import stream_choices
 from localmoe.gateway.answering.hints import DispatchHints
 from localmoe.gateway.answering.sampling import bounded_logprobs
-from localmoe.gateway.answering.streaming import Begun, collect, encode_tagged
+from localmoe.gateway.answering.streaming import Begun, collect
 from localmoe.gateway.context import GatewayContext, ServedModel
 from localmoe.gateway.errors import ApiError, to_api_error
 from localmoe.gateway.openai.logprobs import Scorer
@@ -18,7 +18,7 @@ from localmoe.gateway.responses.answer import ResponseAnswer, no_scores, set_fai
 from localmoe.gateway.responses.conversation import conversation_of
 from localmoe.gateway.responses.keeping import ResponseKeeper, numbered
 from localmoe.gateway.responses.schema import InputItem, ResponseRequest
-from localmoe.gateway.responses.wire import ErrorEvent, ResponseObject, ResponseStatus, StoredResponse
+from localmoe.gateway.responses.wire import ResponseObject, ResponseStatus, StoredResponse
 
 API = "responses"
 
@@ -75,11 +75,8 @@ class Creation:
 
     def failure(self, error: ApiError) -> bytes:
         """The last event of a stream that breaks off."""
-        if self._answer is not None:
-            return self._answer.failure(error)
-        return encode_tagged(
-            ErrorEvent(sequence_number=0, code=error.code, message=error.message, param=error.param)
-        )
+        answer = self._answer or ResponseAnswer(self._so_far())
+        return answer.failure(error)
 
     async def queue(self) -> ResponseObject:
         """Keep it before it has begun."""
@@ -107,7 +104,7 @@ class Creation:
             await self._keeper.put(StoredResponse(response=response, input=self._input))
 
     def _so_far(self) -> ResponseObject:
-        return self._response(self._body.model, "queued") if self._answer is None else self._answer.response
+        return self._response(self._body.model, "in_progress") if self._answer is None else self._answer.response
 
     def _response(self, model_id: str, status: ResponseStatus) -> ResponseObject:
         """Without an answer yet."""

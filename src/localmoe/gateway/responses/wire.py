@@ -233,14 +233,6 @@ class FunctionCallArgumentsDone(_InItem, kw_only=True, tag="response.function_ca
     arguments: str
 
 
-class ErrorEvent(_Event, kw_only=True, tag="error"):
-    """The last event of a stream that broke off before there was a response."""
-
-    code: str | None
-    message: str
-    param: str | None
-
-
 ResponseStreamEvent = (
     ResponseCreated
     | ResponseInProgress
@@ -257,7 +249,6 @@ ResponseStreamEvent = (
     | ReasoningTextDone
     | FunctionCallArgumentsDelta
     | FunctionCallArgumentsDone
-    | ErrorEvent
 )
 
 
