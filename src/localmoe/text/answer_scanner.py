@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
 from localmoe.core.request import ToolCallDelta
-from localmoe.text.answer_parser import NOTHING, Parsed
+from localmoe.text.answer_parser import Part, add_part
 from localmoe.text.stop_strings import possible_start
 
 T = TypeVar("T")
@@ -36,6 +36,8 @@ class Source:
     """The answer's text as far as it has come."""
 
     def __init__(self) -> None:
+        self.position = 0
+        """Characters that were taken."""
         self._text = ""
         self._is_whole = False
         self._is_attempt = False
@@ -59,7 +61,9 @@ class Source:
             yield from steps
         except NoMatch:
             if self._is_attempt:
-                self._text = "".join(self._taken) + self._text
+                taken = "".join(self._taken)
+                self._text = taken + self._text
+                self.position -= len(taken)
                 return False
         finally:
             self.commit()
@@ -194,6 +198,7 @@ class Source:
 
     def _take(self, length: int) -> str:
         taken, self._text = self._text[:length], self._text[length:]
+        self.position += len(taken)
         if self._is_attempt and taken:
             self._taken.append(taken)
             self._num_taken += length
@@ -210,17 +215,19 @@ class Parts:
     """What was found so far. Whitespace around reasoning and tool calls is left out.
 
     Args:
+        source: of which it is found; all that was taken of it when a part is added.
         new_id: makes the ids of tool calls.
         max_calls: where another one begins, the answer ends; None: any number.
     """
 
-    def __init__(self, new_id: Callable[[], str], max_calls: int | None) -> None:
+    def __init__(self, source: Source, new_id: Callable[[], str], max_calls: int | None) -> None:
+        self._source = source
         self._new_id = new_id
         self._max_calls = max_calls
         self._num_calls = 0
         self._content = _Section()
         self._reasoning = _Section()
-        self._calls: list[ToolCallDelta] = []
+        self._ready: list[Part] = []
 
     def begin_content(self) -> None:
         """What follows of the content is a paragraph of its own."""
@@ -233,63 +240,76 @@ class Parts:
 
     def content(self, text: str) -> None:
         """More of the content."""
-        self._content.add(text)
+        if shown := self._content.add(text):
+            end = self._source.position - self._content.num_held
+            add_part(self._ready, Part(content=shown, end=end))
 
     def reasoning(self, text: str) -> None:
         """More of the reasoning."""
-        self._reasoning.add(text)
+        if shown := self._reasoning.add(text):
+            add_part(self._ready, Part(reasoning=shown, end=self._source.position))
 
     def call(self, name: str) -> None:
         """A tool call begins."""
         if self._num_calls == self._max_calls:
             raise _Complete
         self._content.cut()
-        self._calls.append(ToolCallDelta(index=self._num_calls, id=self._new_id(), name=name))
+        self._add(ToolCallDelta(index=self._num_calls, id=self._new_id(), name=name))
         self._num_calls += 1
 
     def arguments(self, text: str) -> None:
         """More of the last call's arguments."""
         if text:
-            self._calls.append(ToolCallDelta(index=self._num_calls - 1, arguments=text))
+            self._add(ToolCallDelta(index=self._num_calls - 1, arguments=text))
 
-    def take(self, *, is_last: bool, is_complete: bool) -> Parsed:
+    def end(self) -> None:
+        """Nothing follows."""
+        if rest := self._content.rest():
+            add_part(self._ready, Part(content=rest, end=self._source.position))
+
+    def take(self) -> list[Part]:
         """What has come since it was last asked."""
-        calls, self._calls = self._calls, []
-        return Parsed(
-            content=self._content.take(is_last=is_last),
-            reasoning=self._reasoning.take(is_last=False),
-            tool_calls=tuple(calls),
-            is_complete=is_complete,
-        )
+        ready, self._ready = self._ready, []
+        return ready
+
+    def _add(self, call: ToolCallDelta) -> None:
+        add_part(self._ready, Part(tool_calls=(call,), end=self._source.position))
 
 
 class _Section:
     """Text whose trailing whitespace is held back, since it may be cut off."""
 
     def __init__(self) -> None:
-        self._ready = ""
         self._space = ""
         self._is_cut = False
         """Leading whitespace is left out."""
         self._has_begun = False
 
-    def add(self, text: str) -> None:
+    @property
+    def num_held(self) -> int:
+        """Characters that are held back, of the text that was added last where some of that was not."""
+        return len(self._space)
+
+    def add(self, text: str) -> str:
+        """What is certain to be in it now."""
         text = text.lstrip(_SPACE) if self._is_cut else text
         stripped = text.rstrip(_SPACE)
+        ready = ""
         if stripped:
-            self._ready += self._space + stripped
+            ready = self._space + stripped
             self._space = ""
             self._is_cut = False
             self._has_begun = True
         self._space += text[len(stripped) :]
+        return ready
 
     def cut(self) -> None:
         self._space = "\n\n" if self._has_begun else ""
         self._is_cut = True
 
-    def take(self, *, is_last: bool) -> str:
-        taken, self._ready = self._ready, ""
-        return taken + self._space if is_last and not self._is_cut else taken
+    def rest(self) -> str:
+        """What is in it besides when nothing follows."""
+        return "" if self._is_cut else self._space
 
 
 Parse = Callable[[Source, Parts], Steps[None]]
@@ -305,28 +325,31 @@ class SteppedParser:
 
     def __init__(self, parse: Parse, *, new_id: Callable[[], str], max_calls: int | None = None) -> None:
         self._source = Source()
-        self._parts = Parts(new_id, max_calls)
+        self._parts = Parts(self._source, new_id, max_calls)
         self._steps = parse(self._source, self._parts)
-        self._is_complete = False
+        self.is_complete = False
+        """See `AnswerParser.is_complete`."""
         self._step()
 
-    def push(self, text: str) -> Parsed:
+    def push(self, text: str) -> Sequence[Part]:
         """See `AnswerParser.push`."""
-        if not text or self._is_complete:
-            return NOTHING
+        if not text or self.is_complete:
+            return ()
         self._source.feed(text)
         self._step()
-        return self._parts.take(is_last=False, is_complete=self._is_complete)
+        return self._parts.take()
 
-    def flush(self) -> Parsed:
+    def flush(self) -> Sequence[Part]:
         """See `AnswerParser.flush`."""
         self._source.end()
-        if not self._is_complete:
+        if not self.is_complete:
             self._step()
-        return self._parts.take(is_last=not self._is_complete, is_complete=self._is_complete)
+        if not self.is_complete:
+            self._parts.end()
+        return self._parts.take()
 
     def _step(self) -> None:
         try:
             next(self._steps, None)
         except _Complete:
-            self._is_complete = True
+            self.is_complete = True

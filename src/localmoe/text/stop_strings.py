@@ -19,6 +19,9 @@ class StopStringDetector:
         self._held = ""
         self.matched: str | None = None
         """The stop string that ended the text."""
+        self.num_withheld = 0
+        """Characters at the end of what was pushed that were not passed on: from the stop string on, or what may
+        still become one."""
 
     def push(self, text: str) -> str:
         """Text that is certainly before any stop string. Nothing more may be pushed after a match."""
@@ -30,14 +33,17 @@ class StopStringDetector:
         if matches:
             _, start, self.matched = min(matches)
             self._held = ""
+            self.num_withheld = len(buffer) - start
             return buffer[:start]
         keep = min(possible_start(buffer, stop) for stop in self._stops)
         self._held = buffer[keep:]
+        self.num_withheld = len(buffer) - keep
         return buffer[:keep]
 
     def flush(self) -> str:
         """The text held back, when nothing follows."""
         held, self._held = self._held, ""
+        self.num_withheld = 0
         return held
 
 

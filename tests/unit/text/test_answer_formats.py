@@ -40,12 +40,11 @@ def formats(name: str, *, thinks: str = "") -> AnswerFormat:
 
 def parse(parser: AnswerParser, pieces: list[str]) -> Answer:
     answer = Answer(calls=[])
-    for parsed in [*(parser.push(piece) for piece in pieces), parser.flush()]:
-        answer.content += parsed.content
-        answer.reasoning += parsed.reasoning
-        answer.is_complete |= parsed.is_complete
+    for part in [part for piece in pieces for part in parser.push(piece)] + list(parser.flush()):
+        answer.content += part.content
+        answer.reasoning += part.reasoning
         assert answer.calls is not None
-        for delta in parsed.tool_calls:
+        for delta in part.tool_calls:
             if delta.name is not None:
                 assert delta.index == len(answer.calls)
                 assert delta.id
@@ -53,6 +52,7 @@ def parse(parser: AnswerParser, pieces: list[str]) -> Answer:
             assert delta.index == len(answer.calls) - 1
             name, arguments = answer.calls[-1]
             answer.calls[-1] = (name, arguments + delta.arguments)
+    answer.is_complete = parser.is_complete
     return answer
 
 
@@ -271,8 +271,9 @@ def test_names_come_first_and_arguments_as_they_come() -> None:
         "}</tool_call>",
         ".",
     ):
-        parsed = parser.push(piece)
-        seen.append((parsed.content, [(call.name, call.arguments) for call in parsed.tool_calls]))
+        parts = parser.push(piece)
+        calls = [(call.name, call.arguments) for part in parts for call in part.tool_calls]
+        seen.append(("".join(part.content for part in parts), calls))
     assert seen == [
         ("Hi", []),
         ("", []),
@@ -287,7 +288,8 @@ def test_names_come_first_and_arguments_as_they_come() -> None:
 
 def test_ids_differ_and_suit_mistral() -> None:
     text = '[TOOL_CALLS] [{"name": "now", "arguments": {}}, {"name": "now", "arguments": {}}]'
-    ids = [call.id for call in parser_of(formats("mistral")).push(text).tool_calls if call.id]
+    parts = parser_of(formats("mistral")).push(text)
+    ids = [call.id for part in parts for call in part.tool_calls if call.id]
     assert len(set(ids)) == 2
     assert all(len(id_) == 9 and id_.isalnum() for id_ in ids)
 
@@ -389,9 +391,9 @@ def test_many_beginnings_cost_little(name: str, beginning: str) -> None:
     assert isinstance(parser, SteppedParser)
     source, most, content = parser._source, 0, ""
     for at in range(0, len(text), 4):
-        content += parser.push(text[at : at + 4]).content
+        content += "".join(part.content for part in parser.push(text[at : at + 4]))
         most = max(most, len(source._text) + sum(map(len, source._taken)))
-    assert content + parser.flush().content == text
+    assert content + "".join(part.content for part in parser.flush()) == text
     assert most <= MAX_ATTEMPT_CHARS + 100
 
 

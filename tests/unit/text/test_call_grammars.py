@@ -177,9 +177,9 @@ def test_whatever_is_drawn_is_read_as_calls(text: TextModel, compiler: GrammarCo
             assert len(ids) < 5000
         parser = format_.make_parser(tools=TOOLS, prompt="", max_calls=1)()
         answer = text.tokenizer.decode(ids, skip_special_tokens=False)
-        parsed, rest = parser.push(answer), parser.flush()
-        deltas = [*parsed.tool_calls, *rest.tool_calls]
+        parts = [*parser.push(answer), *parser.flush()]
+        deltas = [call for part in parts for call in part.tool_calls]
         assert [delta.name for delta in deltas if delta.name] in (["get_weather"], ["now"])
         arguments = json.loads("".join(delta.arguments for delta in deltas))
         assert arguments == {} if deltas[0].name == "now" else arguments["city"] in ("Paris", "Rome")
-        assert not (parsed.content + rest.content)
+        assert not any(part.content for part in parts)

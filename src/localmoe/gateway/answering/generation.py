@@ -6,7 +6,7 @@ any reason (a stop string, an error, a client that left) closes every engine str
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ from localmoe.core.request import FinishReason, Request, TokenChunk, TokenLogpro
 from localmoe.gateway.context import ServedModel
 from localmoe.gateway.fields import PromptTokensDetails, UsageCounts
 from localmoe.gateway.limits.metering import Metered, num_prompt_tokens
-from localmoe.text.answer_parser import MakeParser, Parsed, PlainParser
+from localmoe.text.answer_parser import MakeParser, Part, PlainParser, add_part
 from localmoe.text.detokenizer import IncrementalDetokenizer
 from localmoe.text.stop_strings import StopStringDetector
 from localmoe.text.tokenizer import Tokenizer
@@ -50,7 +50,10 @@ class ScoredToken(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChoiceDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """The next piece of one answer. The last one, and only it, has a `finish_reason`."""
+    """The next piece of one answer. The last one, and only it, has a `finish_reason`.
+
+    It has text, reasoning or tool calls, and only one of them, so that what comes first is in the first delta.
+    """
 
     index: int
     text: str
@@ -83,7 +86,11 @@ class ChoiceDelta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AnswerAssembler:
-    """Text, stop strings and log-probabilities of one answer, token by token."""
+    """Text, stop strings and log-probabilities of one answer, token by token.
+
+    Stop strings are looked for in the content, which is what a client sees of them. One does not reach over thoughts
+    or calls.
+    """
 
     def __init__(self, tokenizer: Tokenizer | None, choice: Choice) -> None:
         self._choice = choice
@@ -93,7 +100,10 @@ class AnswerAssembler:
         self._stops = StopStringDetector(choice.stop_strings)
         self._parser = choice.make_parser()
         self._num_chars = 0
-        self._num_chars_sent = 0
+        self._content_end = 0
+        """Characters of the answer up to the end of the content that there was."""
+        self._parts: list[Part] = []
+        """To be sent."""
         self._waiting: list[ScoredToken] = []
         self._has_text = tokenizer is None
         """Whether the answer comes as text."""
@@ -107,49 +117,67 @@ class AnswerAssembler:
         """Of the prompt; where it was not tokenized here, as the engine says, and 0 before."""
         return len(self._choice.request.prompt_ids) or (self.usage.prompt_tokens if self.usage else 0)
 
-    def push(self, chunk: TokenChunk) -> ChoiceDelta:
-        """What the chunk adds. After a delta with a finish reason nothing more may be pushed."""
+    def push(self, chunk: TokenChunk) -> list[ChoiceDelta]:
+        """What the chunk adds, one delta at least. After one with a finish reason nothing more may be pushed."""
         if chunk.usage is not None:
             self.usage = chunk.usage
-        text = self._take_text(chunk) if self._has_text or chunk.text is not None else self._take_ids(chunk)
-        finish = chunk.finish_reason if self._stops.matched is None else FinishReason.STOP
+        if self._has_text or chunk.text is not None:
+            self._take_text(chunk)
+        else:
+            self._take_ids(chunk)
+        if chunk.finish_reason is not None and not self._is_over:
+            self._take_rest()
+        finish = FinishReason.STOP if self._is_over else chunk.finish_reason
         if finish is not None and self._stops.matched is None:
-            text += self._stops.push(self._detokenizer.flush() if self._detokenizer else "") + self._stops.flush()
-        self._num_chars_sent += len(text)
-        parsed = self._parse(chunk, text, is_last=finish is not None)
-        if parsed.tool_calls:
-            self._has_calls = True
-        if parsed.is_complete:
-            finish = FinishReason.STOP
+            self._take_held()
         if finish == FinishReason.STOP and self._has_calls:
             finish = FinishReason.TOOL_CALLS
-        return ChoiceDelta(
-            index=self._choice.index,
-            text=parsed.content,
-            reasoning=parsed.reasoning,
-            tool_calls=parsed.tool_calls,
-            scored=self._release(finish) if self._waiting else (),
-            prompt_logprobs=chunk.prompt_logprobs,
-            finish_reason=finish,
-            stop_string=self._stops.matched,
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.num_tokens,
-            cached_tokens=self.usage.cached_tokens if self.usage else 0,
-        )
+        parts, self._parts = self._parts or [Part(end=0)], []
+        last = len(parts) - 1
+        return [
+            ChoiceDelta(
+                index=self._choice.index,
+                text=part.content,
+                reasoning=part.reasoning,
+                tool_calls=part.tool_calls,
+                scored=self._release(part.end, finish if place == last else None) if self._waiting else (),
+                prompt_logprobs=chunk.prompt_logprobs if place == 0 else None,
+                finish_reason=finish if place == last else None,
+                stop_string=self._stops.matched if place == last else None,
+                prompt_tokens=self.prompt_tokens,
+                completion_tokens=self.num_tokens,
+                cached_tokens=self.usage.cached_tokens if self.usage else 0,
+            )
+            for place, part in enumerate(parts)
+        ]
 
-    def _take_text(self, chunk: TokenChunk) -> str:
-        """Text of the chunk as far as it is certainly before any stop string, of an engine that answers in text."""
+    @property
+    def _is_over(self) -> bool:
+        """Whether the answer ends before the engine's."""
+        return self._stops.matched is not None or self._parser.is_complete
+
+    def _take_text(self, chunk: TokenChunk) -> None:
+        """What an engine says that answers in text, which has parsed it."""
         self._has_text = True
         if chunk.usage is not None:
             self.num_tokens = chunk.usage.completion_tokens
         elif chunk.text is not None:
             self.num_tokens += 1  # it may be more, which only the engine knows
-        return self._stops.push(chunk.text or "")
+        text, calls = chunk.text or "", chunk.tool_calls
+        self._num_chars += len(text)
+        end = self._num_chars
+        # Such a chunk has no order. What goes on with a call that has begun can only be before all else.
+        num_continued = next((place for place, call in enumerate(calls) if call.name is not None), len(calls))
+        parts = [Part(tool_calls=(call,), end=end) for call in calls]
+        if text:
+            parts.insert(num_continued, Part(content=text, end=end))
+        if chunk.reasoning:
+            parts.insert(num_continued, Part(reasoning=chunk.reasoning, end=end))
+        self._take(parts)
 
-    def _take_ids(self, chunk: TokenChunk) -> str:
-        """The same of an engine that answers in token ids."""
+    def _take_ids(self, chunk: TokenChunk) -> None:
+        """What an engine says that answers in token ids."""
         assert self._detokenizer is not None, "token ids come from engines whose tokenizer is here"
-        text = ""
         last = len(chunk.token_ids) - 1 if chunk.finish_reason == FinishReason.STOP else None
         for place, token_id in enumerate(chunk.token_ids):
             self.num_tokens += 1
@@ -159,32 +187,44 @@ class AnswerAssembler:
             ends = place == last and token_id in self._choice.request.sampling.stop_token_ids
             piece = "" if ends else self._detokenizer.push(token_id)
             self._num_chars += len(piece)
-            text += self._stops.push(piece)
-            if self._stops.matched is not None:
+            self._take(self._parser.push(piece))
+            if self._is_over:
                 break
-        return text
 
-    def _parse(self, chunk: TokenChunk, text: str, *, is_last: bool) -> Parsed:
-        """The parts of a piece of text; at the end with those that come to light there."""
-        if self._has_text:
-            return Parsed(content=text, reasoning=chunk.reasoning, tool_calls=chunk.tool_calls)
-        parsed = self._parser.push(text)
-        if not is_last:
-            return parsed
-        rest = self._parser.flush()
-        return Parsed(
-            content=parsed.content + rest.content,
-            reasoning=parsed.reasoning + rest.reasoning,
-            tool_calls=parsed.tool_calls + rest.tool_calls,
-            is_complete=parsed.is_complete or rest.is_complete,
-        )
+    def _take_rest(self) -> None:
+        """What comes to light at the end."""
+        if self._detokenizer is not None:
+            self._take(self._parser.push(self._detokenizer.flush()))
+        if not self._is_over:
+            self._take(self._parser.flush())
 
-    def _release(self, finish: FinishReason | None) -> list[ScoredToken]:
-        """Scored tokens whose text was sent; at the end all of them, but those that a stop string cut off."""
+    def _take(self, parts: Iterable[Part]) -> None:
+        """Parts as far as they are certainly before any stop string."""
+        for part in parts:
+            if not part.content:
+                self._take_held()
+                self._has_calls |= bool(part.tool_calls)
+                add_part(self._parts, part)
+                continue
+            self._content_end = part.end
+            text = self._stops.push(part.content)
+            if text:
+                add_part(self._parts, Part(content=text, end=part.end - self._stops.num_withheld))
+            if self._stops.matched is not None:
+                return
+
+    def _take_held(self) -> None:
+        """Content that can no longer become a stop string."""
+        if held := self._stops.flush():
+            add_part(self._parts, Part(content=held, end=self._content_end))
+
+    def _release(self, end: int, finish: FinishReason | None) -> list[ScoredToken]:
+        """Scored tokens whose text was sent, which is as far as `end`; when the answer ends all of them, but those
+        that a stop string cut off."""
         if finish is not None and self._stops.matched is None:
             ready, self._waiting = self._waiting, []
             return ready
-        ready = [token for token in self._waiting if token.text_offset < self._num_chars_sent]
+        ready = [token for token in self._waiting if token.text_offset < end]
         self._waiting = self._waiting[len(ready) :]
         return ready
 
@@ -283,13 +323,14 @@ async def _answer(
             async with aclosing(model.generator.generate(choice.request)) as chunks:
                 async for chunk in chunks:
                     before = assembler.num_tokens
-                    delta = assembler.push(chunk)
+                    deltas = assembler.push(chunk)
                     meter.count(assembler.num_tokens - before)
-                    if delta.finish_reason is not None:
-                        outcome = delta.finish_reason.value
-                    if not delta.is_empty:
-                        yield delta
-                    if delta.finish_reason is not None:
+                    if (finish := deltas[-1].finish_reason) is not None:
+                        outcome = finish.value
+                    for delta in deltas:
+                        if not delta.is_empty:
+                            yield delta
+                    if finish is not None:
                         return
             raise EngineFaultError("the engine ended its stream without a finish reason")
         except asyncio.CancelledError:

@@ -72,9 +72,9 @@ class Segmenter:
     def push(self, delta: ChoiceDelta) -> list[Step]:
         """What the delta adds. It ends the last segment if it ends the answer."""
         steps: list[Step] = []
-        if not delta.reasoning:
+        if not (delta.reasoning or delta.tool_calls):
             self._scored += delta.scored
-        elif self._shows_reasoning:
+        if delta.reasoning and self._shows_reasoning:
             if self._kind is not SegmentKind.REASONING:
                 steps += self._begin(Begin(kind=SegmentKind.REASONING))
             steps.append(self._grow(delta.reasoning))
@@ -132,6 +132,6 @@ class Segmenter:
         if self._kind is None:
             return []
         end = End(kind=self._kind, text="".join(self._texts))
-        self._kind = None
+        self._kind = self._call = None
         self._texts.clear()
         return [end]
