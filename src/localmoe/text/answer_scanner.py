@@ -111,6 +111,13 @@ class Source:
             raise NoMatch
         return self._take(length)
 
+    def accept_rest(self, pattern: re.Pattern[str], *, after: str) -> bool:
+        """Take all that is left if nothing follows it and, with what was taken before, it is of this form."""
+        if not (self._is_whole and pattern.fullmatch(after + self._text)):
+            return False
+        self._take(len(self._text))
+        return True
+
     def copy_until(self, markers: Sequence[str], emit: Emit) -> Steps[str | None]:
         """Pass text on as far as the first of the markers, which is taken and returned; None at the end.
 

@@ -10,6 +10,10 @@ HARMONY_MARKERS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|cons
 _BODY_ENDS = ("<|end|>", "<|call|>", "<|start|>")
 _RECIPIENT = re.compile(r"\bto=functions\.([^\s<]+)")
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
+_BROKEN_HEADER = re.compile(
+    r"(?=\s*<\||\s+to=)"
+    r"\s*(?:<\|start\|>\w*)?(?:\s*to=[^\s<]*)?\s*(?:<\|channel\|>[^<]*(?:<\|constrain\|>[^<]*)?)?"
+)
 
 
 def thought(source: Source, parts: Parts, *, marks: tuple[str, str], has_begun: bool) -> Steps[None]:
@@ -32,43 +36,45 @@ def _opened(source: Source, opening: str) -> Steps[None]:
 def harmony(source: Source, parts: Parts, tools: Tools) -> Steps[None]:
     """Messages in channels, as gpt-oss writes them (OpenAI's harmony response format).
 
-    What it analyses is reasoning, what it says to a function is a tool call, and all else is content.
+    What it analyses is reasoning, what it says to a function is a tool call, and all else is content. A header that
+    breaks off with the answer is nothing.
     """
+    ended: str | None = None
     while (yield from source.peek()):
         header: list[str] = []
         if not (yield from source.attempt(_header(source, header))):
+            if source.accept_rest(_BROKEN_HEADER, after="<|start|>" if ended == "<|start|>" else ""):
+                return
             # Text without a header: as it is, up to where one may begin.
             begun = yield from source.copy_until(("<|start|>",), parts.content)
             if begun is None:
                 return
             if not (yield from source.attempt(_header(source, header))):
+                if source.accept_rest(_BROKEN_HEADER, after=begun):
+                    return
                 parts.content(begun)
+                ended = None
                 continue
         recipient, channel = _RECIPIENT.search(header[0]), _CHANNEL.search(header[0])
         if recipient and tools and is_tool_name(recipient[1]):
             parts.call(recipient[1])
-            yield from source.copy_until(_BODY_ENDS, parts.arguments)
+            ended = yield from source.copy_until(_BODY_ENDS, parts.arguments)
         elif channel and channel[1] == "analysis":
             parts.begin_reasoning()
-            yield from source.copy_until(_BODY_ENDS, parts.reasoning)
+            ended = yield from source.copy_until(_BODY_ENDS, parts.reasoning)
         else:
             parts.begin_content()
-            yield from source.copy_until(_BODY_ENDS, parts.content)
+            ended = yield from source.copy_until(_BODY_ENDS, parts.content)
 
 
 def _header(source: Source, found: list[str]) -> Steps[None]:
     yield from source.skip_space()
     yield from source.accept("<|start|>")
     yield from source.accept("assistant")
-    to = " " + (yield from _recipient(source)) if (yield from source.peek()) == " " else ""
+    yield from source.skip_space()
+    to = " to=" + (yield from source.word()) if (yield from source.accept("to=")) else ""
     yield from source.expect("<|channel|>")
     found[:] = [to + "<|channel|>" + (yield from source.text_until("<|message|>"))]
-
-
-def _recipient(source: Source) -> Steps[str]:
-    yield from source.skip_space()
-    yield from source.expect("to=")
-    return "to=" + (yield from source.word())
 
 
 def marks_of(template: str) -> tuple[str, str] | None:

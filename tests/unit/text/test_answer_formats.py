@@ -197,6 +197,7 @@ SAMPLES: list[tuple[str, str, str, str, list[tuple[str, str]]]] = [
         "Hm.\n\nYes.",
         [],
     ),
+    ("harmony", " to=functions.now<|channel|>commentary json<|message|>{}", "", "", [("now", "{}")]),
     (
         "harmony",
         "<|channel|>commentary<|message|>I'll look.<|end|><|start|>assistant to=functions.now<|channel|>commentary"
@@ -206,7 +207,15 @@ SAMPLES: list[tuple[str, str, str, str, list[tuple[str, str]]]] = [
         [("now", "{}")],
     ),
     ("harmony", "no channel", "no channel", "", []),
-    ("harmony", "<|channel|>fin", "<|channel|>fin", "", []),
+    ("harmony", "<|channel|>fin", "", "", []),
+    ("harmony", "<|channel|>analysis<|message|>Hm.<|start|>assistant<|channel|>fin", "", "Hm.", []),
+    ("harmony", "<|channel|>analysis<|message|>Hm.<|start|>assistant", "", "Hm.", []),
+    ("harmony", "<|channel|>final<|message|>Hm.<|end|><|start|>assistant to=functions.no", "Hm.", "", []),
+    ("harmony", "<|channel|>final<|message|>Hm.<|end|><|start|>", "Hm.", "", []),
+    ("harmony", "Hm.<|start|>assistant<|channel|>commentary <|constrain|>js", "Hm.", "", []),
+    ("harmony", " to=functions.now<|channel|>comm", "", "", []),
+    ("harmony", "a <|start|> b <", "a <|start|> b <", "", []),
+    ("harmony", "assistant", "assistant", "", []),
 ]
 IDS = [f"{index}-{sample[0]}" for index, sample in enumerate(SAMPLES)]
 
@@ -386,7 +395,7 @@ def test_calls_that_are_written_are_read(name: str, arguments: list[dict[str, An
 )
 def test_many_beginnings_cost_little(name: str, beginning: str) -> None:
     """An answer may be made of what could become calls; each is looked at for so long only."""
-    text = beginning * 1000
+    text = beginning * 1000 + "<"  # no harmony header goes on so
     parser = parser_of(FORMATS[name])
     assert isinstance(parser, SteppedParser)
     source, most, content = parser._source, 0, ""
