@@ -95,9 +95,10 @@ class AnswerFormat:
         if not with_calls and self.thought_marks is None:
             return PlainParser
 
+        has_begun = self.is_thinking(prompt)  # the prompt itself is not kept for as long as the answer takes
+
         def parse(source: Source, parts: Parts) -> Steps[None]:
             if self.thought_marks is not None:
-                has_begun = self.is_thinking(prompt)
                 yield from thought(source, parts, marks=self.thought_marks, has_begun=has_begun)
             if with_calls:
                 yield from self.parse(source, parts, tools)

@@ -185,7 +185,7 @@ class Source:
         except ValueError:
             raise NoMatch from None
         assert isinstance(value, str)
-        return value
+        return value.encode(errors="replace").decode()  # half of a surrogate pair is no text
 
     def _copy_scalar(self, emit: Emit) -> Steps[bool]:
         while True:

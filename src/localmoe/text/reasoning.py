@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from localmoe.text.answer_scanner import Parts, Source, Steps
-from localmoe.text.tool_calls import Tools, is_tool_name
+from localmoe.text.tool_calls import Tools, copy_arguments_until, is_tool_name
 
 HARMONY_MARKERS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|constrain|>", "<|call|>")
 _BODY_ENDS = ("<|end|>", "<|call|>", "<|start|>")
@@ -58,7 +58,7 @@ def harmony(source: Source, parts: Parts, tools: Tools) -> Steps[None]:
         recipient, channel = _RECIPIENT.search(header[0]), _CHANNEL.search(header[0])
         if recipient and tools and is_tool_name(recipient[1]):
             parts.call(recipient[1])
-            ended = yield from source.copy_until(_BODY_ENDS, parts.arguments)
+            ended = yield from copy_arguments_until(source, parts, _BODY_ENDS)
         elif channel and channel[1] == "analysis":
             parts.begin_reasoning()
             ended = yield from source.copy_until(_BODY_ENDS, parts.reasoning)

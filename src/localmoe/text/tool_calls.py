@@ -6,7 +6,7 @@ passed on as they come, and no more is made of them than JSON's nesting says.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from localmoe.text.answer_scanner import Emit, NoMatch, Parts, Source, Steps
@@ -25,6 +25,13 @@ _PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _ARGUMENTS = ("arguments", "parameters")
 _PYTHON_VALUES = {"True": "true", "False": "false", "None": "null"}
+_QUOTE = re.compile('"')
+_IN_STRING = re.compile(r'["\\\x00-\x1f]')
+_PAIR = r"\\u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}"
+_ESCAPE = re.compile(_PAIR + r"|(?P<half>\\u[dD][89a-fA-F][\da-fA-F]{2})|\\[\s\S]")
+_UNFINISHED_ESCAPE = re.compile(
+    r"\\(?:u[\da-fA-F]{0,3}|u[dD][89abAB][\da-fA-F]{2}(?:\\(?:u(?:[dD](?:[c-fC-F][\da-fA-F]?)?)?)?)?)?"
+)
 
 
 def is_tool_name(text: str) -> bool:
@@ -209,7 +216,8 @@ def _tagged_call(source: Source, parts: Parts, tools: Tools, *, is_inside: bool)
         before = ", "
         if not (yield from _copy_value(source, parts.arguments, _types(schemas.get(key)))):
             return  # it broke off, and so do the arguments
-    if (yield from _accept_spaced(source, _FUNCTION_END)):
+    # Some models leave the inner end out.
+    if (yield from _accept_spaced(source, _FUNCTION_END)) or (yield from source.accept(TOOL_CALL_END)):
         parts.arguments("{}" if before == "{" else "}")
 
 
@@ -232,7 +240,7 @@ def _copy_value(source: Source, emit: Emit, types: frozenset[str]) -> Steps[bool
     text = lines.push("".join(pieces))
     literal = _PYTHON_VALUES.get(text.strip(), text.strip())
     is_text = types <= {"string", "null"} and literal != "null"
-    emit(literal if not is_text and _is_json(literal) else f'"{_escaped(text)}"')
+    emit(_Mended().push(literal) if not is_text and _is_json(literal) else f'"{_escaped(text)}"')
     return True
 
 
@@ -265,19 +273,70 @@ def _types(schema: Any) -> frozenset[str]:
     return frozenset(types)
 
 
+def copy_arguments_until(source: Source, parts: Parts, markers: Sequence[str]) -> Steps[str | None]:
+    """Pass on as a call's arguments what is before the first of these markers; see `Source.copy_until`. Where there
+    is nothing, they are an object without members."""
+    mended = _Mended()
+    is_empty = True
+
+    def emit(text: str) -> None:
+        nonlocal is_empty
+        text = text.lstrip() if is_empty else text
+        is_empty = is_empty and not text
+        parts.arguments(mended.push(text))
+
+    marker = yield from source.copy_until(markers, emit)
+    if is_empty:
+        parts.arguments("{}")
+    return marker
+
+
 def _copy_arguments(source: Source, emit: Emit) -> Steps[None]:
     """Pass arguments on, as the JSON of an object wherever the model meant one."""
+    mended = _Mended()
     first = yield from source.peek()
     if first == '"':  # an object's JSON within a string
         text = (yield from source.json_string()).strip()
-        emit(text if text.startswith("{") else json.dumps(text, ensure_ascii=False))
+        emit(mended.push(text) if text.startswith("{") else json.dumps(text, ensure_ascii=False))
     elif first in ("{", "["):
-        yield from source.copy_json(emit)
+        yield from source.copy_json(lambda text: emit(mended.push(text)))
     else:
         pieces: list[str] = []
         yield from source.copy_json(pieces.append)
         value = "".join(pieces)
         emit("{}" if value in ("", "null") else value)
+
+
+class _Mended:
+    """JSON as it comes, its strings as clients can read them: models write code as it is, with its line breaks, and
+    halves of the pairs of escapes that one character takes."""
+
+    def __init__(self) -> None:
+        self._in_string = False
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """The next of it; an escape that is not complete waits, and is left out if nothing follows."""
+        text, self._held = self._held + text, ""
+        pieces: list[str] = []
+        at = 0
+        while (match := (_IN_STRING if self._in_string else _QUOTE).search(text, at)) is not None:
+            start = match.start()
+            pieces.append(text[at:start])
+            at = match.end()
+            if match[0] == '"':
+                self._in_string = not self._in_string
+                pieces.append('"')
+            elif match[0] != "\\":
+                pieces.append(_escaped(match[0]))
+            elif _UNFINISHED_ESCAPE.fullmatch(text, start):
+                self._held, at = text[start:], len(text)
+            else:
+                escape = _ESCAPE.match(text, start)
+                assert escape is not None, "it has a character after the backslash, or it would not be finished"
+                pieces.append("\\ufffd" if escape["half"] else escape[0])
+                at = escape.end()
+        return "".join(pieces) + text[at:]
 
 
 def _accept_spaced(source: Source, literal: str) -> Steps[bool]:

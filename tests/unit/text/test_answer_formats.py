@@ -7,6 +7,7 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic_core import from_json
 
 from localmoe.core.serving import AnswerFormatName
 from localmoe.text.answer_format import FORMATS, AnswerFormat, answer_format
@@ -106,6 +107,30 @@ SAMPLES: list[tuple[str, str, str, str, list[tuple[str, str]]]] = [
         "",
         [("get_weather", '{"city": "Par')],
     ),
+    (
+        "hermes",
+        hermes_call(
+            '{"name": "now", "arguments":\n {"code": "a = 1\n\tb\\n", "smile": "\\ud83d\\ude00 \\ud83d \\udE00"}}'
+        ),
+        "",
+        "",
+        [("now", '{"code": "a = 1\\n\\tb\\n", "smile": "\\ud83d\\ude00 \\ufffd \\ufffd"}')],
+    ),
+    (
+        "hermes",
+        hermes_call('{"name": "now", "arguments": "{\\"a\\": \\"\\ud83d\\"}"}'),
+        "",
+        "",
+        [("now", '{"a": "?"}')],
+    ),
+    (
+        "hermes",
+        hermes_call('{"name": "now", "arguments": "{\\"a\\": \\"b\\nc\\"}"}'),
+        "",
+        "",
+        [("now", '{"a": "b\\nc"}')],
+    ),
+    ("hermes", '<tool_call>{"name": "now", "arguments": {"a": "b\\ud83d', "", "", [("now", '{"a": "b')]),
     ("hermes", "<tool_call>not JSON</tool_call>", "<tool_call>not JSON</tool_call>", "", []),
     ("hermes", '<tool_call>{"name": 5}', '<tool_call>{"name": 5}', "", []),
     ("hermes", '<tool_call>{"name": "a b"}', '<tool_call>{"name": "a b"}', "", []),
@@ -130,6 +155,21 @@ SAMPLES: list[tuple[str, str, str, str, list[tuple[str, str]]]] = [
         [("get_weather", '{"days": "many", "note": null, "free": true, "tags": "NaN"}')],
     ),
     ("qwen3_coder", "<tool_call>\n<function=now>\n</function>\n</tool_call>", "", "", [("now", "{}")]),
+    (
+        "qwen3_coder",
+        "<tool_call>\n<function=now>\n<parameter=x>\na\n</parameter>\n</tool_call>\nDone.",
+        "Done.",
+        "",
+        [("now", '{"x": "a"}')],
+    ),
+    ("qwen3_coder", "<tool_call><function=now></tool_call>", "", "", [("now", "{}")]),
+    (
+        "qwen3_coder",
+        '<function=get_weather><parameter=tags>["\\ud83d"]</parameter></function>',
+        "",
+        "",
+        [("get_weather", '{"tags": ["\\ufffd"]}')],
+    ),
     ("qwen3_coder", "<function=now>\n<parameter=x>\nab\n", "", "", [("now", '{"x": "ab')]),
     ("qwen3_coder", hermes_call('{"name": "now", "arguments": {}}'), "", "", [("now", "{}")]),
     ("qwen3_coder", "<function=a b>", "<function=a b>", "", []),
@@ -206,6 +246,15 @@ SAMPLES: list[tuple[str, str, str, str, list[tuple[str, str]]]] = [
         "",
         [("now", "{}")],
     ),
+    (
+        "harmony",
+        '<|channel|>commentary to=functions.now<|message|>{"code": "a\nb"}<|call|>',
+        "",
+        "",
+        [("now", '{"code": "a\\nb"}')],
+    ),
+    ("harmony", "<|channel|>commentary to=functions.now<|message|> \n<|call|>", "", "", [("now", "{}")]),
+    ("harmony", "<|channel|>commentary to=functions.now<|message|>", "", "", [("now", "{}")]),
     ("harmony", "no channel", "no channel", "", []),
     ("harmony", "<|channel|>fin", "", "", []),
     ("harmony", "<|channel|>analysis<|message|>Hm.<|start|>assistant<|channel|>fin", "", "Hm.", []),
@@ -379,6 +428,24 @@ def test_calls_that_are_written_are_read(name: str, arguments: list[dict[str, An
     text = format_.syntax.write(calls)
     pieces = [text[at : at + step] for at in range(0, len(text), step)]
     assert parse(parser_of(format_), pieces) == Answer(calls=calls)
+
+
+unstrict = st.lists(
+    st.sampled_from([*"a\n\t\x00{", "\\\\", '\\"', "\\n", "\\u00e9", "\\ud83d", "\\ude00"]), max_size=12
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(["hermes", "harmony"]), unstrict.map("".join), st.integers(1, 7))
+def test_arguments_are_json_that_everybody_reads(name: str, written: str, step: int) -> None:
+    """Which control characters and halves of pairs in strings are not."""
+    text = FORMATS[name].syntax.write([("now", f'{{"a": "{written}"}}')])
+    answer = parse(parser_of(FORMATS[name]), [text[at : at + step] for at in range(0, len(text), step)])
+    assert answer.calls is not None
+    ((_, arguments),) = answer.calls
+    meant = json.loads(f'"{written}"', strict=False)
+    read = from_json(arguments)["a"]
+    assert read == meant.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @pytest.mark.parametrize(
