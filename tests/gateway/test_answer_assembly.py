@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from localmoe.core.errors import EngineFaultError
 from localmoe.core.request import FinishReason, Request, SamplingParams, TokenChunk, TokenLogprob, ToolCallDelta
+from localmoe.core.serving import AnswerFormatName
 from localmoe.gateway.answering.generation import AnswerAssembler, Choice, ChoiceDelta
 from localmoe.gateway.answering.segments import Begin, End, Grow, Segmenter
 from localmoe.gateway.anthropic.answer import MessageAnswer
@@ -18,7 +19,7 @@ from localmoe.text.text_model import TextModel
 TOOLS = {"f": {"type": "object", "properties": {"path": {"type": "string"}}}}
 _DS_CALL = '<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{"path": "/tmp/x"}\n```<｜tool▁call▁end｜>'
 CALL = '<tool_call>\n{"name": "f", "arguments": {"path": "/tmp/x"}}\n</tool_call>'
-ANSWERS = [
+ANSWERS: list[tuple[AnswerFormatName, str]] = [
     ("hermes", "Let me.\n" + CALL + "\nDone."),
     ("hermes", "<think>Hm.\n\nSo.</think>\n\nA\n\nB" + CALL + CALL + " end\n"),
     (
@@ -44,7 +45,7 @@ STOPS = [(), ("\n\n",), ("final",), ('"path"',), ("Done", "A\n\nB"), (".<|",), (
 
 
 def assembler(
-    text_model: TextModel, name: str, *, stops: tuple[str, ...] = (), max_calls: int | None = None
+    text_model: TextModel, name: AnswerFormatName, *, stops: tuple[str, ...] = (), max_calls: int | None = None
 ) -> AnswerAssembler:
     format_ = answer_format("<think>" if name != "harmony" else None, name)
     choice = Choice(
@@ -102,7 +103,7 @@ def seen(deltas: list[ChoiceDelta]) -> dict[str, Any]:
 def test_tokens_that_come_at_once_are_seen_as_one_by_one(
     text_model: TextModel,
     data: st.DataObject,
-    answer: tuple[str, str],
+    answer: tuple[AnswerFormatName, str],
     stops: tuple[str, ...],
     max_calls: int | None,
 ) -> None:
@@ -145,7 +146,12 @@ def test_scores_of_content_stay_where_thoughts_end_in_the_same_chunk(text_model:
     ],
 )
 def test_stop_strings_are_looked_for_in_what_is_said(
-    text_model: TextModel, name: str, text: str, stops: tuple[str, ...], content: str, stop: str | None
+    text_model: TextModel,
+    name: AnswerFormatName,
+    text: str,
+    stops: tuple[str, ...],
+    content: str,
+    stop: str | None,
 ) -> None:
     deltas = deltas_of(assembler(text_model, name, stops=stops), [[token] for token in tokens(text_model, text)])
     assert "".join(delta.text for delta in deltas) == content

@@ -118,8 +118,12 @@ class TextModel:
 
 
 def _with_thinking(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What an assistant thought by the name that gpt-oss's template has for it."""
+    """What an assistant thought by the name that gpt-oss's template has for it. Beside calls that takes thoughts or
+    content, and shows both as thoughts."""
     if "reasoning_content" not in message:
         return message
     renamed = {"thinking" if name == "reasoning_content" else name: value for name, value in message.items()}
-    return {**renamed, "content": None} if message.get("tool_calls") else renamed
+    if not message.get("tool_calls"):
+        return renamed
+    thought = "\n\n".join(text for text in (renamed["thinking"], message.get("content")) if text)
+    return {**renamed, "thinking": thought, "content": None}

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from localmoe.core.errors import EngineFaultError
 from localmoe.core.request import FinishReason, ToolCallDelta
 from localmoe.gateway.answering.generation import ChoiceDelta
 from localmoe.gateway.anthropic.answer import MessageAnswer
@@ -59,3 +60,16 @@ def test_an_input_that_was_cut_off_is_what_there_is_of_it(arguments: str, shown:
     message = whole(delta(calls=(call,)), delta(finish=FinishReason.LENGTH))
     assert message["content"] == [{"type": "tool_use", "id": "call_1", "name": "weather", "input": shown}]
     assert message["stop_reason"] == "max_tokens"
+
+
+@pytest.mark.parametrize("arguments", ["{'city': 'Ulm'}", '{"city": "Ul', "[1]"])
+def test_a_finished_call_with_arguments_that_nobody_can_read_is_no_call_without_any(arguments: str) -> None:
+    call = ToolCallDelta(index=0, id="call_1", name="weather", arguments=arguments)
+    with pytest.raises(EngineFaultError, match="'weather' with arguments that are no JSON object"):
+        whole(delta(calls=(call,)), delta(finish=FinishReason.TOOL_CALLS))
+
+
+def test_no_arguments_at_all_are_an_empty_object() -> None:
+    call = ToolCallDelta(index=0, id="call_1", name="now")
+    message = whole(delta(calls=(call,)), delta(finish=FinishReason.TOOL_CALLS))
+    assert message["content"] == [{"type": "tool_use", "id": "call_1", "name": "now", "input": {}}]

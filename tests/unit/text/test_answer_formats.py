@@ -1,6 +1,7 @@
 """Answers as models write them, cut anywhere."""
 
 import json
+import weakref
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -307,6 +308,18 @@ def test_without_tools_calls_are_text() -> None:
     assert parse(thinking, ["<think>a</think>" + text]) == Answer(content=text, reasoning="a", calls=[])
     harmony = formats("harmony").make_parser(tools={}, prompt="")()
     assert parse(harmony, ["<|channel|>final<|message|>Hi"]) == Answer(content="Hi", calls=[])
+
+
+def test_an_answer_does_not_keep_its_prompt() -> None:
+    class Prompt(str):
+        """Can be seen to go."""
+
+    prompt = Prompt("user: hi<think>")
+    left = weakref.ref(prompt)
+    parser = parser_of(formats("hermes", thinks="<think>"), prompt=prompt)
+    del prompt
+    assert left() is None
+    assert parse(parser, ["a</think>b"]) == Answer(content="b", reasoning="a", calls=[])
 
 
 def test_one_call_ends_an_answer_that_may_have_one() -> None:

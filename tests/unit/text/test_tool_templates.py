@@ -46,8 +46,9 @@ def test_thoughts_by_the_name_that_the_template_has(tmp_path: Path) -> None:
     )
     text = model(tmp_path, template)
     thought = {"role": "assistant", "content": "Hi", "reasoning_content": "Hm"}
-    messages = [thought, {**thought, "tool_calls": [CALL]}, {"role": "user", "content": "x"}]
-    assert text.render_chat(messages) == "Hm/Hi;Hm/None;/x;"
+    calls = {**thought, "tool_calls": [CALL]}
+    messages = [thought, calls, {**calls, "content": None}, {"role": "user", "content": "x"}]
+    assert text.render_chat(messages) == "Hm/Hi;Hm\n\nHi/None;Hm/None;/x;"
 
 
 def test_a_format_by_name(tmp_path: Path) -> None:

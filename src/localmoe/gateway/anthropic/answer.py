@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from pydantic_core import from_json
 
+from localmoe.core.errors import EngineFaultError
 from localmoe.core.request import FinishReason
 from localmoe.gateway.answering.generation import ChoiceDelta
 from localmoe.gateway.answering.segments import Begin, End, Grow, Segmenter, SegmentKind, Step
@@ -73,8 +74,17 @@ class MessageAnswer:
         self._last = delta
 
     def whole(self) -> bytes:
-        """See `Answer.whole`."""
+        """See `Answer.whole`.
+
+        Raises:
+            EngineFaultError: the model called a tool with what cannot be shown, and to call it with less would be to
+                say something else.
+        """
         assert self._last is not None
+        if self._last.finish_reason != FinishReason.LENGTH and self._blocks.unreadable_call is not None:
+            raise EngineFaultError(
+                f"the model called {self._blocks.unreadable_call!r} with arguments that are no JSON object"
+            )
         message = self._message(self._blocks.whole, _usage(self._last))
         message.stop_reason, message.stop_sequence = self._stop_reason(self._last), self._last.stop_string
         return msgspec.json.encode(message)
@@ -108,6 +118,8 @@ class _Blocks:
         self.whole: list[ContentBlock] = []
         """Those that are complete."""
         self.has_tool_use = False
+        self.unreadable_call: str | None = None
+        """The tool of a call whose arguments are no JSON object, or not all of one."""
 
     def push(self, delta: ChoiceDelta) -> list[MessageStreamEvent]:
         """Take in a delta."""
@@ -156,17 +168,21 @@ class _Blocks:
                 signature = hashlib.sha256(step.text.encode()).hexdigest()
                 return ThinkingBlock(thinking=step.text if self._shows_thoughts else "", signature=signature)
             case SegmentKind.TOOL_CALL:
-                return ToolUseBlock(id=self._call.call_id, name=self._call.name, input=_tool_input(step.text))
+                tool_input = _object(step.text, is_cut=False)
+                if tool_input is None:
+                    self.unreadable_call = self._call.name
+                    # Of what was cut off by `max_tokens`, as much as there is: that is what clients make of a stream.
+                    tool_input = _object(step.text, is_cut=True) or {}
+                return ToolUseBlock(id=self._call.call_id, name=self._call.name, input=tool_input)
 
 
-def _tool_input(arguments: str) -> dict[str, Any]:
-    """The object of this JSON text; of one that was cut off by `max_tokens`, as much as there is, which is also what
-    clients make of a stream."""
+def _object(arguments: str, *, is_cut: bool) -> dict[str, Any] | None:
+    """Of this JSON text; None where it is of no object. Some engines elsewhere write an empty one as nothing."""
     try:
-        value = from_json(arguments, allow_partial=True)
+        value = from_json(arguments or "{}", allow_partial=is_cut)
     except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _usage(delta: ChoiceDelta) -> MessageUsage:
