@@ -12,7 +12,7 @@ import httpx2
 import pytest
 
 from localmoe.backends.scripted import ScriptedBackend
-from localmoe.core.errors import BackendUnavailableError, RateLimitedError, StorageError
+from localmoe.core.errors import BackendUnavailableError, EngineDiedError, RateLimitedError, StorageError
 from localmoe.core.identity import Role
 from localmoe.core.jobs import FileRecord, ItemResult, ItemState, LeasedItem
 from localmoe.core.request import Request
@@ -205,6 +205,23 @@ async def test_an_engine_that_is_away_is_not_asked_all_the_time(text_model: Text
                 await asyncio.sleep(0.01)
         await asyncio.sleep(1)
     assert 4 <= num_asked <= 12
+
+
+async def test_a_request_that_kills_its_engine_is_not_tried_for_ever(
+    text_model: TextModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "_MAX_RETRY_S", 0.02)
+    num_deaths = 0
+
+    def script(request: Request) -> list[int]:
+        nonlocal num_deaths
+        num_deaths += 1
+        raise EngineDiedError("the engine ended with signal 11")
+
+    async with stateful_gateway(text_model, ScriptedBackend(script), tmp_path) as gateway:
+        job = (await gateway.client.post("/v1/inference", json=ASK)).json()
+        failed = await until(gateway.client, f"/v1/jobs/{job['id']}")
+    assert (failed["status"], failed["error"]["code"], num_deaths) == ("failed", "interrupted", 5)
 
 
 async def test_what_can_never_be_admitted_is_not_tried_again(text_model: TextModel, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ BODY = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 FAILURES = [
     (BackendUnavailableError("the engine is starting", retry_after_s=2.5), 503, "engine_unavailable"),
     (OverloadedError("the queue is full", retry_after_s=0.2), 503, "overloaded"),
-    (EngineDiedError("the engine ended"), 503, "engine_unavailable"),
+    (EngineDiedError("the engine ended"), 503, "engine_died"),
     (EngineFaultError("out of memory in step 7"), 500, "engine_fault"),
 ]
 

@@ -141,7 +141,7 @@ class DeadlineExceededError(BackendUnavailableError):
 
 
 class EngineDiedError(BackendUnavailableError):
-    """The engine's process ended while it held this request."""
+    """The engine's process ended while it held this request, which may be why, and no other engine answered it."""
 
 
 class EngineStartError(LocalMoEError):

@@ -205,8 +205,13 @@ class JobWork(Protocol):
         recorded."""
         ...
 
-    async def put_back(self, item: LeasedItem, *, runner: str, delay_s: float) -> None:
-        """Let an item that there was no room for be run later."""
+    async def put_back(self, item: LeasedItem, *, runner: str, delay_s: float, interrupted: bool) -> None:
+        """Let an item be run later.
+
+        Args:
+            interrupted: an engine ended while it worked on the item, which may be why. After several such times, and
+                those of the server's own, the item has failed. Otherwise there was no room for it.
+        """
         ...
 
     async def renew(

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from localmoe.core.errors import BackendUnavailableError, DeadlineExceededError, EngineDiedError, LocalMoEError
 from localmoe.core.request import Request, TokenChunk, Usage
 from localmoe.dispatch.replica import Replica
 
@@ -22,6 +23,8 @@ class Answer:
         """Names of engines not to be tried now."""
         self.suspects: list[tuple[Replica, float]] = []
         """Engines that said that they failed on this request, and when they were given it."""
+        self.has_seen_death = False
+        """Whether an engine died while it gave this answer."""
         self.engine: str | None = None
         """That sent the last chunk; None before the first."""
         self.last_chunk_s = 0.0
@@ -57,6 +60,16 @@ class Answer:
         # Log-probabilities of the prompt came with the first chunk.
         sampling = msgspec.structs.replace(self.request.sampling, prompt_logprobs=None)
         return msgspec.structs.replace(self.request, sampling=sampling, resumed_ids=list(self._sent_ids))
+
+    def verdict(self, failure: LocalMoEError) -> LocalMoEError:
+        """What the answer's last failure is to whoever asked: where it may have killed an engine, that the others
+        were not to be had does not mean that it could be tried again without harm."""
+        is_absence = isinstance(failure, BackendUnavailableError) and not isinstance(
+            failure, DeadlineExceededError
+        )
+        if not self.has_seen_death or not is_absence or isinstance(failure, EngineDiedError):
+            return failure
+        return EngineDiedError(f"an engine ended during this request, and then: {failure}")
 
     def take(self, chunk: TokenChunk, engine: str, now_s: float) -> TokenChunk:
         """Take note of a chunk; returns it as the client is to see it."""

@@ -18,6 +18,7 @@ from contextlib import aclosing
 from localmoe.core.errors import (
     BackendUnavailableError,
     DeadlineExceededError,
+    EngineDiedError,
     EngineFaultError,
     EngineStartError,
     InvalidRequestError,
@@ -197,7 +198,7 @@ class Dispatcher:
         except BackendUnavailableError as error:
             kinds = {OverloadedError: "overloaded", DeadlineExceededError: "deadline"}
             self._bus.publish(RequestRefused(model=self.model, reason=kinds.get(type(error), "unavailable")))
-            raise
+            raise answer.verdict(error) from None
         finally:
             self._bus.publish(QueueChanged(model=self.model, num_waiting=self._room.num_waiting))
         answer.num_attempts += 1
@@ -297,6 +298,7 @@ class Dispatcher:
     def _blame(self, place: Place, answer: Answer, error: LocalMoEError) -> None:
         replica = place.replica
         answer.failed.add(replica.name)
+        answer.has_seen_death = answer.has_seen_death or isinstance(error, EngineDiedError)
         match error:
             case EngineFaultError():
                 answer.suspects.append((replica, place.begun_s))
@@ -313,6 +315,7 @@ class Dispatcher:
 
     async def _before_retry(self, answer: Answer, failure: LocalMoEError) -> None:
         """Return when another engine is to be tried; raises the failure where none is."""
+        failure = answer.verdict(failure)
         final = isinstance(failure, InvalidRequestError | DeadlineExceededError)
         if final or not answer.can_resume or answer.num_attempts >= self._config.max_attempts:
             raise failure

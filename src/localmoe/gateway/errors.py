@@ -20,6 +20,7 @@ from localmoe.core.errors import (
     ConfigError,
     ConflictError,
     DeadlineExceededError,
+    EngineDiedError,
     EngineFaultError,
     EngineStartError,
     InsufficientMemoryError,
@@ -152,6 +153,8 @@ def to_api_error(error: Exception) -> ApiError:
                 code = "overloaded"
             elif isinstance(error, DeadlineExceededError):
                 code = "deadline_exceeded"
+            elif isinstance(error, EngineDiedError):
+                code = "engine_died"
             return ApiError(
                 status=503, message=message, type="server_error", code=code, retry_after_s=error.retry_after_s
             )

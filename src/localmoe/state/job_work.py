@@ -43,11 +43,12 @@ _ENDS = {
     JobState.EXPIRING: JobState.EXPIRED,
 }
 _MAX_INTERRUPTIONS = 5
-"""An item during which the server died so often may be the reason."""
+"""An item during which the server or an engine died so often may be the reason."""
 _AT_ONCE = 500
 """Rows that one look after things takes up; the next takes more."""
 _GIVEN_UP = (
-    b'{"error":{"message":"the server ended several times while it worked on this request, which is not tried again",'
+    b'{"error":{"message":"the server or its engine ended several times while it worked on this request, which is '
+    b'not tried again",'
     b'"type":"server_error","param":null,"code":"interrupted"}}'
 )
 
@@ -112,15 +113,18 @@ class SqlJobWork:
             await self._lock_job(connection, item.job_id)
             return await self._record(connection, item.job_id, _held(item, runner), result)
 
-    async def put_back(self, item: LeasedItem, *, runner: str, delay_s: float) -> None:
+    async def put_back(self, item: LeasedItem, *, runner: str, delay_s: float, interrupted: bool) -> None:
         """See `JobWork.put_back`."""
+        held = _held(item, runner)
         async with self._database.write() as connection:
+            if interrupted:
+                await self._give_up(connection, held, uncounted=0)
             await connection.execute(
                 update(job_items)
-                .where(_held(item, runner))
+                .where(held)
                 .values(
                     state=ItemState.QUEUED,
-                    num_refusals=job_items.c.num_refusals + 1,
+                    num_refusals=job_items.c.num_refusals + (0 if interrupted else 1),
                     due_at=self._database.now + delay_s,
                     lease_owner=None,
                     lease_until=None,
@@ -342,6 +346,17 @@ class SqlJobWork:
         """
         no_lease = {"lease_owner": None, "lease_until": None}
         await connection.execute(update(jobs).where(of_jobs).values(no_lease))
+        await self._give_up(connection, of_items, uncounted=uncounted)
+        await connection.execute(
+            update(job_items)
+            .where(of_items)
+            .values(state=ItemState.QUEUED, num_starts=job_items.c.num_starts - uncounted, **no_lease)
+        )
+
+    async def _give_up(
+        self, connection: AsyncConnection, of_items: ColumnElement[bool], *, uncounted: int
+    ) -> None:
+        """End those of these items that were interrupted too often; see `_free`."""
         num_interrupted = job_items.c.num_starts - job_items.c.num_refusals - uncounted
         too_often = and_(of_items, num_interrupted >= _MAX_INTERRUPTIONS)
         keys = select(job_items.c.job_id, job_items.c.position).where(too_often)
@@ -352,11 +367,6 @@ class SqlJobWork:
                 position=position, custom_id=None, state=ItemState.FAILED, status_code=500, body=_GIVEN_UP
             )
             await self._record(connection, job_id, key, given_up)
-        await connection.execute(
-            update(job_items)
-            .where(of_items)
-            .values(state=ItemState.QUEUED, num_starts=job_items.c.num_starts - uncounted, **no_lease)
-        )
 
 
 def _held(item: LeasedItem, runner: str) -> ColumnElement[bool]:

@@ -155,6 +155,31 @@ async def test_so_many_engines_are_tried_and_no_more() -> None:
     assert len(of(events, EngineAnswered)) == 3
 
 
+@pytest.mark.parametrize("then", [BackendUnavailableError("away"), OverloadedError("full")])
+async def test_a_death_is_told_though_the_other_engine_was_only_not_to_be_had(
+    then: BackendUnavailableError,
+) -> None:
+    engines = {"a": dies(0), "b": ScriptedBackend(SCRIPT, failure=ScriptedFailure(error=then))}
+    async with dispatching(engines, max_attempts=2) as (dispatcher, _):
+        with pytest.raises(EngineDiedError, match=str(then)):
+            await chunks_of(dispatcher, request())
+
+
+async def test_a_death_is_told_though_its_model_is_then_stopped() -> None:
+    class FakeLast(FakeMortal):
+        async def generate(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
+            self._started = False
+            raise EngineDiedError("killed")
+            yield
+
+    async with dispatching({"a": FakeLast(SCRIPT)}) as (dispatcher, _):
+        answering = asyncio.create_task(chunks_of(dispatcher, request()))
+        await asyncio.sleep(0.1)
+        await dispatcher.stop()
+        with pytest.raises(EngineDiedError, match="takes no requests now"):
+            await answering
+
+
 async def test_a_bad_request_is_tried_once() -> None:
     bad = ScriptedBackend(SCRIPT, failure=ScriptedFailure(error=InvalidRequestError("no such token")))
     async with dispatching({"a": bad, "b": ScriptedBackend(SCRIPT)}) as (dispatcher, events):

@@ -233,7 +233,7 @@ async def test_what_a_runner_has_never_heard_of_is_given_back(store: SqlJobStore
 async def test_what_was_refused_comes_later_and_counts_as_no_start(store: SqlJobStore, work: SqlJobWork) -> None:
     await store.add(*single("job_1"), max_open=10, max_open_bytes=1000)
     (item,) = await work.lease_items("me", limit=1, lease_s=30)
-    await work.put_back(item, runner="me", delay_s=1000)
+    await work.put_back(item, runner="me", delay_s=1000, interrupted=False)
     assert await work.lease_items("me", limit=1, lease_s=30) == []
     async with work._database.write() as connection:
         await connection.execute(text("UPDATE job_items SET due_at = 0"))
@@ -247,7 +247,7 @@ async def test_refusals_are_no_reason_to_give_up(store: SqlJobStore, work: SqlJo
     for _ in range(8):
         (item,) = await work.lease_items("me", limit=1, lease_s=30)
         leases.add(item.lease)
-        await work.put_back(item, runner="me", delay_s=-1)
+        await work.put_back(item, runner="me", delay_s=-1, interrupted=False)
     assert len(leases) == 8, "no two are taken for each other"
     assert len(await work.lease_items("me", limit=1, lease_s=30)) == 1
     await work.release("me", interrupted=True)
@@ -302,6 +302,31 @@ async def test_an_item_that_always_kills_its_server_is_given_up(store: SqlJobSto
     result = await store.result("job_1")
     assert result is not None
     assert b"interrupted" in result.body
+
+
+async def test_an_item_that_always_kills_its_engine_is_given_up(store: SqlJobStore, work: SqlJobWork) -> None:
+    await store.add(*single("job_1"), max_open=10, max_open_bytes=1000)
+    for interrupted in (True, False, True, False, False, True, True, True):
+        assert (await job(store, "job_1")).state is JobState.IN_PROGRESS
+        (item,) = await work.lease_items("me", limit=1, lease_s=30)
+        await work.put_back(item, runner="me", delay_s=-1, interrupted=interrupted)
+    assert await work.lease_items("me", limit=1, lease_s=30) == []
+    assert (await job(store, "job_1")).state is JobState.FAILED
+    result = await store.result("job_1")
+    assert result is not None
+    assert b"interrupted" in result.body
+
+
+async def test_whoever_has_lost_an_item_does_not_give_it_up(store: SqlJobStore, work: SqlJobWork) -> None:
+    await store.add(*single("job_1"), max_open=10, max_open_bytes=1000)
+    for _ in range(4):
+        (item,) = await work.lease_items("me", limit=1, lease_s=30)
+        await work.put_back(item, runner="me", delay_s=-1, interrupted=True)
+    (lost,) = await work.lease_items("me", limit=1, lease_s=30)
+    await work.release("me", interrupted=False)
+    (item,) = await work.lease_items("other", limit=1, lease_s=30)
+    await work.put_back(lost, runner="me", delay_s=-1, interrupted=True)
+    assert await work.finish(item, answered(item), runner="other")
 
 
 async def test_restarts_in_good_order_give_nothing_up(store: SqlJobStore, work: SqlJobWork) -> None:

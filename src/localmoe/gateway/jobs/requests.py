@@ -14,6 +14,7 @@ from localmoe.gateway.identity.principal import set_principal
 _RETRIED = (429, 503)
 _FINAL_CODES = ("deadline_exceeded",)
 """Of what is answered with such a status: trying again would take as long, and fail again."""
+_INTERRUPTED_CODE = "engine_died"
 
 
 class _Detail(msgspec.Struct):
@@ -33,6 +34,8 @@ class Reply:
     request_id: str | None = None
     retry_after_s: float | None = None
     """When trying again makes sense; None: it makes none."""
+    was_interrupted: bool = False
+    """Whether an engine ended during the request, which may be why."""
 
 
 class InProcessClient:
@@ -109,12 +112,14 @@ class _Answer:
             message = f"the answer is longer than the {self._max_bytes} bytes that are kept of one"
             error = ApiError(status=500, message=message, type="server_error", code="answer_too_long")
             status, body = error.status, error.body()
-        is_retried = status in _RETRIED and _code(body) not in _FINAL_CODES
+        code = _code(body) if status in _RETRIED else None
+        is_retried = status in _RETRIED and code not in _FINAL_CODES
         return Reply(
             status=status,
             body=body,
             request_id=None if request_id is None else request_id.decode("latin-1"),
             retry_after_s=self._retry_after_s() if is_retried else None,
+            was_interrupted=code == _INTERRUPTED_CODE,
         )
 
     def _retry_after_s(self) -> float | None:

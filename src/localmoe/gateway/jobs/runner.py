@@ -168,11 +168,14 @@ class JobRunner:
         except TimeoutError:
             return  # it expires, which the store sees by itself
         if reply.retry_after_s is not None:
-            delay_s = min(
-                _MAX_RETRY_S, max(reply.retry_after_s, _FIRST_RETRY_S * 2.0 ** min(item.num_refusals, 10))
-            )
+            num_earlier = min(item.num_starts - 1, 10)
+            delay_s = min(_MAX_RETRY_S, max(reply.retry_after_s, _FIRST_RETRY_S * 2.0**num_earlier))
             delay_s *= random.uniform(0.75, 1.25)  # so that not all come back at once
-            await self._insist(lambda: self._work.put_back(item, runner=self._name, delay_s=delay_s))
+            await self._insist(
+                lambda: self._work.put_back(
+                    item, runner=self._name, delay_s=delay_s, interrupted=reply.was_interrupted
+                )
+            )
             await asyncio.sleep(min(delay_s, _MAX_REST_S))
             return
         result = ItemResult(
