@@ -21,6 +21,7 @@ from localmoe.gateway.identity.keys import make_key
 from localmoe.gateway.jobs import runner as runner_module
 from localmoe.gateway.jobs.config import JobsConfig
 from localmoe.gateway.jobs.folder import FileWriter, new_file_id
+from localmoe.state import job_work
 from localmoe.text.text_model import TextModel
 from support.stateful import StatefulGateway, stateful_gateway, upload
 from support.tiny_text import encode
@@ -205,6 +206,45 @@ async def test_an_engine_that_is_away_is_not_asked_all_the_time(text_model: Text
                 await asyncio.sleep(0.01)
         await asyncio.sleep(1)
     assert 4 <= num_asked <= 12
+
+
+async def test_what_another_gateway_serves_is_left_to_it(text_model: TextModel, tmp_path: Path) -> None:
+    """Though that one is busy all the time, and this one takes whatever waits."""
+    config = GatewayConfig(jobs=JobsConfig(max_running=1))
+    slow, other = ScriptedBackend(encode(text_model, "hello"), delay_s=0.02), ScriptedBackend([])
+    async with (
+        stateful_gateway(text_model, slow, tmp_path, config=config, runs_jobs=False) as serving,
+        stateful_gateway(text_model, other, tmp_path, name="other") as beside,
+    ):
+        batch = await start_batch(serving.client, 20)
+        await until(beside.client, f"/v1/batches/{batch['id']}", lambda found: found["request_counts"]["total"])
+        await asyncio.sleep(0.1)
+        serving.state.start(serving.app)
+        batch = await until(serving.client, f"/v1/batches/{batch['id']}")
+    assert batch["request_counts"] == {"total": 20, "completed": 20, "failed": 0}
+
+
+async def test_what_is_served_nowhere_is_an_error_in_the_end(
+    text_model: TextModel, backend: ScriptedBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "_MAX_RETRY_S", 0.05)
+    monkeypatch.setattr(job_work, "_GRACE_S", 0.05)
+    num_put_back = 0
+    async with stateful_gateway(text_model, backend, tmp_path) as gateway:
+        work = gateway.state.jobs.runner._work
+        put_back = work.put_back
+
+        async def count(*args: Any, **kwargs: Any) -> None:
+            nonlocal num_put_back
+            num_put_back += 1
+            await put_back(*args, **kwargs)
+
+        monkeypatch.setattr(work, "put_back", count)
+        batch = await start_batch(gateway.client, 1, model="huge")
+        batch = await until(gateway.client, f"/v1/batches/{batch['id']}")
+        (failed,) = await contents(gateway.client, batch["error_file_id"])
+    assert (failed["response"]["status_code"], num_put_back) == (404, 5)
+    assert failed["response"]["body"]["error"]["code"] == "model_not_found"
 
 
 async def test_a_request_that_kills_its_engine_is_not_tried_for_ever(

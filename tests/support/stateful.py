@@ -40,15 +40,16 @@ async def stateful_gateway(
     state_config: StateConfig | None = None,
     asks_for_keys: bool = False,
     runs_jobs: bool = True,
+    name: str = "tiny",
 ) -> AsyncIterator[StatefulGateway]:
-    """A gateway over one scripted model named `tiny`, whose state is in `home`."""
+    """A gateway over one scripted model of this name, whose state is in `home`."""
     await backend.start()
     config, bus = config or GatewayConfig(), EventBus()
     state = ServerState(state_config or StateConfig(), config, home=home)
     guard = Guard(identity=Authenticator(state.keys, None)) if asks_for_keys else Guard()
     services = replace(make_services(bus), jobs=state.jobs)
     app = create_app(
-        {"tiny": served_model(text, backend)}, services=services, config=Current(config), bus=bus, guard=guard
+        {name: served_model(text, backend)}, services=services, config=Current(config), bus=bus, guard=guard
     )
     if runs_jobs:
         state.start(app)

@@ -54,6 +54,17 @@ class ItemState(StrEnum):
     EXPIRED = "expired"
 
 
+class Setback(StrEnum):
+    """Why an item was put back."""
+
+    REFUSED = "refused"
+    """There was no room for it."""
+    INTERRUPTED = "interrupted"
+    """An engine ended while it worked on the item, which may be why."""
+    NOT_SERVED = "not_served"
+    """Its model is not served by the gateway that has asked."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LineError:
     """What is wrong with a batch's file."""
@@ -127,7 +138,11 @@ class LeasedItem:
     num_starts: int
     """How often it was begun, this time included."""
     num_refusals: int
-    """How often there was no room for it."""
+    """How often it was put back, but for interruptions."""
+    num_not_served: int
+    """How often of these because a gateway did not serve its model."""
+    others_run: bool
+    """Whether other runners have items under way."""
     owner: Principal
     may_ask: bool
     """Whether the owner still may: not where they had API keys, and none of them is valid any more."""
@@ -197,7 +212,8 @@ class JobWork(Protocol):
     raises StorageError where it cannot be done now."""
 
     async def lease_items(self, runner: str, *, limit: int, lease_s: float) -> list[LeasedItem]:
-        """Take items to run, those of different owners in turn."""
+        """Take items to run, those of different owners in turn. What the runner was the last to find that it does not
+        serve is left to others, where there seem to be any."""
         ...
 
     async def finish(self, item: LeasedItem, result: ItemResult, *, runner: str) -> bool:
@@ -205,13 +221,8 @@ class JobWork(Protocol):
         recorded."""
         ...
 
-    async def put_back(self, item: LeasedItem, *, runner: str, delay_s: float, interrupted: bool) -> None:
-        """Let an item be run later.
-
-        Args:
-            interrupted: an engine ended while it worked on the item, which may be why. After several such times, and
-                those of the server's own, the item has failed. Otherwise there was no room for it.
-        """
+    async def put_back(self, item: LeasedItem, *, runner: str, delay_s: float, because: Setback) -> None:
+        """Let an item be run later. One that was interrupted too often, as by the end of its runner, has failed."""
         ...
 
     async def renew(

@@ -21,6 +21,7 @@ from localmoe.core.jobs import (
     LeasedItem,
     LineError,
     NewItem,
+    Setback,
 )
 from localmoe.state.database import Database
 from localmoe.state.files import insert_file
@@ -44,6 +45,8 @@ _ENDS = {
 }
 _MAX_INTERRUPTIONS = 5
 """An item during which the server or an engine died so often may be the reason."""
+_GRACE_S = 2.0
+"""Within which runners that have nothing to do have looked for something."""
 _AT_ONCE = 500
 """Rows that one look after things takes up; the next takes more."""
 _GIVEN_UP = (
@@ -62,7 +65,18 @@ class SqlJobWork:
     async def lease_items(self, runner: str, *, limit: int, lease_s: float) -> list[LeasedItem]:
         """See `JobWork.lease_items`."""
         now = self._database.now
-        ready = and_(job_items.c.state == ItemState.QUEUED, job_items.c.due_at <= now)
+        others = job_items.alias()
+        others_run = exists().where(
+            others.c.state == ItemState.RUNNING, others.c.lease_owner != runner, others.c.lease_until > now
+        )
+        # Whoever does not serve its model leaves it to others: those at work, or those that have time and look.
+        by_us_again = and_(~others_run, job_items.c.due_at <= now - _GRACE_S)
+        not_served_by = job_items.c.not_served_by
+        ready = and_(
+            job_items.c.state == ItemState.QUEUED,
+            job_items.c.due_at <= now,
+            or_(not_served_by.is_(None), not_served_by != runner, by_us_again),
+        )
         statement = (
             select(
                 job_items,
@@ -70,6 +84,7 @@ class SqlJobWork:
                 jobs.c.endpoint,
                 (jobs.c.expires_at - now).label("time_left_s"),
                 _may_ask(now).label("may_ask"),
+                others_run.label("others_run"),
             )
             .join(jobs, jobs.c.id == job_items.c.job_id)
             .where(ready)
@@ -98,6 +113,8 @@ class SqlJobWork:
                 position=row.position,
                 num_starts=row.num_starts + 1,
                 num_refusals=row.num_refusals,
+                num_not_served=row.num_not_served,
+                others_run=bool(row.others_run),
                 owner=principal_of(row.owner),
                 may_ask=bool(row.may_ask),
                 endpoint=row.endpoint,
@@ -113,18 +130,20 @@ class SqlJobWork:
             await self._lock_job(connection, item.job_id)
             return await self._record(connection, item.job_id, _held(item, runner), result)
 
-    async def put_back(self, item: LeasedItem, *, runner: str, delay_s: float, interrupted: bool) -> None:
+    async def put_back(self, item: LeasedItem, *, runner: str, delay_s: float, because: Setback) -> None:
         """See `JobWork.put_back`."""
         held = _held(item, runner)
         async with self._database.write() as connection:
-            if interrupted:
+            if because is Setback.INTERRUPTED:
                 await self._give_up(connection, held, uncounted=0)
             await connection.execute(
                 update(job_items)
                 .where(held)
                 .values(
                     state=ItemState.QUEUED,
-                    num_refusals=job_items.c.num_refusals + (0 if interrupted else 1),
+                    num_refusals=job_items.c.num_refusals + int(because is not Setback.INTERRUPTED),
+                    num_not_served=job_items.c.num_not_served + int(because is Setback.NOT_SERVED),
+                    not_served_by=runner if because is Setback.NOT_SERVED else None,
                     due_at=self._database.now + delay_s,
                     lease_owner=None,
                     lease_until=None,

@@ -115,6 +115,7 @@ async def insert_items(connection: AsyncConnection, job_id: str, flow: str, item
                 "due_at": 0.0,
                 "num_starts": 0,
                 "num_refusals": 0,
+                "num_not_served": 0,
             }
             for place, item in enumerate(items)
         ],

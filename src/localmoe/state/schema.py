@@ -110,6 +110,8 @@ job_items = Table(
     Column("due_at", Double, nullable=False),
     Column("num_starts", Integer, nullable=False),
     Column("num_refusals", Integer, nullable=False),
+    Column("num_not_served", Integer, nullable=False, server_default="0"),
+    Column("not_served_by", String(128)),  # who has found that last
     Column("lease_owner", String(128)),
     Column("lease_until", Double),
     Column("status_code", Integer),

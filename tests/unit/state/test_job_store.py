@@ -20,6 +20,7 @@ from localmoe.core.jobs import (
     LeasedItem,
     LineError,
     NewItem,
+    Setback,
 )
 from localmoe.core.keys import KeyRecord
 from localmoe.state import files as files_module
@@ -233,7 +234,7 @@ async def test_what_a_runner_has_never_heard_of_is_given_back(store: SqlJobStore
 async def test_what_was_refused_comes_later_and_counts_as_no_start(store: SqlJobStore, work: SqlJobWork) -> None:
     await store.add(*single("job_1"), max_open=10, max_open_bytes=1000)
     (item,) = await work.lease_items("me", limit=1, lease_s=30)
-    await work.put_back(item, runner="me", delay_s=1000, interrupted=False)
+    await work.put_back(item, runner="me", delay_s=1000, because=Setback.REFUSED)
     assert await work.lease_items("me", limit=1, lease_s=30) == []
     async with work._database.write() as connection:
         await connection.execute(text("UPDATE job_items SET due_at = 0"))
@@ -247,7 +248,7 @@ async def test_refusals_are_no_reason_to_give_up(store: SqlJobStore, work: SqlJo
     for _ in range(8):
         (item,) = await work.lease_items("me", limit=1, lease_s=30)
         leases.add(item.lease)
-        await work.put_back(item, runner="me", delay_s=-1, interrupted=False)
+        await work.put_back(item, runner="me", delay_s=-1, because=Setback.REFUSED)
     assert len(leases) == 8, "no two are taken for each other"
     assert len(await work.lease_items("me", limit=1, lease_s=30)) == 1
     await work.release("me", interrupted=True)
@@ -306,10 +307,11 @@ async def test_an_item_that_always_kills_its_server_is_given_up(store: SqlJobSto
 
 async def test_an_item_that_always_kills_its_engine_is_given_up(store: SqlJobStore, work: SqlJobWork) -> None:
     await store.add(*single("job_1"), max_open=10, max_open_bytes=1000)
-    for interrupted in (True, False, True, False, False, True, True, True):
+    refused, died, unknown = Setback.REFUSED, Setback.INTERRUPTED, Setback.NOT_SERVED
+    for because in (died, refused, died, unknown, refused, died, died, died):
         assert (await job(store, "job_1")).state is JobState.IN_PROGRESS
         (item,) = await work.lease_items("me", limit=1, lease_s=30)
-        await work.put_back(item, runner="me", delay_s=-1, interrupted=interrupted)
+        await work.put_back(item, runner="me", delay_s=-60, because=because)
     assert await work.lease_items("me", limit=1, lease_s=30) == []
     assert (await job(store, "job_1")).state is JobState.FAILED
     result = await store.result("job_1")
@@ -317,15 +319,33 @@ async def test_an_item_that_always_kills_its_engine_is_given_up(store: SqlJobSto
     assert b"interrupted" in result.body
 
 
+async def test_what_a_runner_does_not_serve_is_left_to_others(store: SqlJobStore, work: SqlJobWork) -> None:
+    for number in range(2):
+        await store.add(*single(f"job_{number}"), max_open=10, max_open_bytes=1000)
+    (running,) = await work.lease_items("a", limit=1, lease_s=30)
+    (item,) = await work.lease_items("b", limit=2, lease_s=30)
+    await work.put_back(item, runner="b", delay_s=-60, because=Setback.NOT_SERVED)
+    assert await work.lease_items("b", limit=2, lease_s=30) == [], "another one is at work"
+    await work.finish(running, answered(running), runner="a")
+    (item,) = await work.lease_items("b", limit=2, lease_s=30)
+    assert (item.num_refusals, item.num_not_served, item.others_run) == (1, 1, False)
+    await work.put_back(item, runner="b", delay_s=-1, because=Setback.NOT_SERVED)
+    assert await work.lease_items("b", limit=2, lease_s=30) == [], "whoever has time takes it first"
+    (item,) = await work.lease_items("a", limit=2, lease_s=30)
+    await work.put_back(item, runner="a", delay_s=-1, because=Setback.NOT_SERVED)
+    (item,) = await work.lease_items("b", limit=2, lease_s=30)
+    assert (item.num_refusals, item.num_not_served, item.others_run) == (3, 3, False)
+
+
 async def test_whoever_has_lost_an_item_does_not_give_it_up(store: SqlJobStore, work: SqlJobWork) -> None:
     await store.add(*single("job_1"), max_open=10, max_open_bytes=1000)
     for _ in range(4):
         (item,) = await work.lease_items("me", limit=1, lease_s=30)
-        await work.put_back(item, runner="me", delay_s=-1, interrupted=True)
+        await work.put_back(item, runner="me", delay_s=-1, because=Setback.INTERRUPTED)
     (lost,) = await work.lease_items("me", limit=1, lease_s=30)
     await work.release("me", interrupted=False)
     (item,) = await work.lease_items("other", limit=1, lease_s=30)
-    await work.put_back(lost, runner="me", delay_s=-1, interrupted=True)
+    await work.put_back(lost, runner="me", delay_s=-1, because=Setback.INTERRUPTED)
     assert await work.finish(item, answered(item), runner="other")
 
 

@@ -8,13 +8,13 @@ import msgspec
 from starlette.types import ASGIApp, Message
 
 from localmoe.core.identity import Principal
+from localmoe.core.jobs import Setback
 from localmoe.gateway.errors import ApiError
 from localmoe.gateway.identity.principal import set_principal
 
 _RETRIED = (429, 503)
 _FINAL_CODES = ("deadline_exceeded",)
 """Of what is answered with such a status: trying again would take as long, and fail again."""
-_INTERRUPTED_CODE = "engine_died"
 
 
 class _Detail(msgspec.Struct):
@@ -32,10 +32,10 @@ class Reply:
     status: int
     body: bytes
     request_id: str | None = None
-    retry_after_s: float | None = None
-    """When trying again makes sense; None: it makes none."""
-    was_interrupted: bool = False
-    """Whether an engine ended during the request, which may be why."""
+    setback: Setback | None = None
+    """Why it may be tried again; None: it would be answered like this again."""
+    retry_after_s: float = 0.0
+    """If so, when at the earliest."""
 
 
 class InProcessClient:
@@ -112,15 +112,20 @@ class _Answer:
             message = f"the answer is longer than the {self._max_bytes} bytes that are kept of one"
             error = ApiError(status=500, message=message, type="server_error", code="answer_too_long")
             status, body = error.status, error.body()
-        code = _code(body) if status in _RETRIED else None
-        is_retried = status in _RETRIED and code not in _FINAL_CODES
         return Reply(
             status=status,
             body=body,
             request_id=None if request_id is None else request_id.decode("latin-1"),
-            retry_after_s=self._retry_after_s() if is_retried else None,
-            was_interrupted=code == _INTERRUPTED_CODE,
+            setback=self._setback(status, _code(body) if status >= 400 else None),
+            retry_after_s=self._retry_after_s() or 0.0,
         )
+
+    def _setback(self, status: int, code: str | None) -> Setback | None:
+        if code == "model_not_found":
+            return Setback.NOT_SERVED
+        if status not in _RETRIED or code in _FINAL_CODES or self._retry_after_s() is None:
+            return None
+        return Setback.INTERRUPTED if code == "engine_died" else Setback.REFUSED
 
     def _retry_after_s(self) -> float | None:
         """As the answer says; one that does not say will not be another the next time."""

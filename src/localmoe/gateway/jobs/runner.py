@@ -18,7 +18,17 @@ from typing import Any, TypeVar
 from starlette.types import ASGIApp
 
 from localmoe.core.errors import StorageError
-from localmoe.core.jobs import ItemLease, ItemResult, ItemState, Job, JobState, JobWork, LeasedItem, LineError
+from localmoe.core.jobs import (
+    ItemLease,
+    ItemResult,
+    ItemState,
+    Job,
+    JobState,
+    JobWork,
+    LeasedItem,
+    LineError,
+    Setback,
+)
 from localmoe.gateway.errors import INTERNAL_ERROR, ApiError
 from localmoe.gateway.jobs.batches import BatchFiles
 from localmoe.gateway.jobs.config import JobsConfig
@@ -34,6 +44,9 @@ _FIRST_RETRY_S, _MAX_RETRY_S = 0.25, 60.0
 _MAX_REST_S = 1.0
 """How long a place is left free after a refusal, since what comes next would most likely be refused, too."""
 _BATCH_RETRY_S = 15.0
+_MAX_NOT_SERVED, _MAX_NOT_SERVED_BESIDE_OTHERS = 5, 20
+"""How often a gateway may find that it does not serve an item's model before nobody does. Those that are at work may
+have no place for it yet; those of which nothing is seen need not be there."""
 
 _UNREADABLE = LineError(code="server_error", message="the server failed to read the file; its log says why")
 _MAY_NOT_ASK = ApiError(
@@ -167,14 +180,13 @@ class JobRunner:
                 reply = await self._ask(item, request_id)
         except TimeoutError:
             return  # it expires, which the store sees by itself
-        if reply.retry_after_s is not None:
-            num_earlier = min(item.num_starts - 1, 10)
-            delay_s = min(_MAX_RETRY_S, max(reply.retry_after_s, _FIRST_RETRY_S * 2.0**num_earlier))
+        setback = reply.setback
+        if setback is not None and not (setback is Setback.NOT_SERVED and _is_served_nowhere(item)):
+            num_earlier = item.num_not_served if setback is Setback.NOT_SERVED else item.num_starts - 1
+            delay_s = min(_MAX_RETRY_S, max(reply.retry_after_s, _FIRST_RETRY_S * 2.0 ** min(num_earlier, 10)))
             delay_s *= random.uniform(0.75, 1.25)  # so that not all come back at once
             await self._insist(
-                lambda: self._work.put_back(
-                    item, runner=self._name, delay_s=delay_s, interrupted=reply.was_interrupted
-                )
+                lambda: self._work.put_back(item, runner=self._name, delay_s=delay_s, because=setback)
             )
             await asyncio.sleep(min(delay_s, _MAX_REST_S))
             return
@@ -236,3 +248,7 @@ class JobRunner:
         if complaint not in self._complaints:
             self._complaints[complaint] = now_s + _COMPLAINT_INTERVAL_S
             logger.warning(complaint)
+
+
+def _is_served_nowhere(item: LeasedItem) -> bool:
+    return item.num_not_served >= (_MAX_NOT_SERVED_BESIDE_OTHERS if item.others_run else _MAX_NOT_SERVED)

@@ -1,0 +1,15 @@
+"""Items know how often their model was not served by whoever took them, and by whom last."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    """Add what is new."""
+    op.add_column("job_items", sa.Column("num_not_served", sa.Integer, nullable=False, server_default="0"))
+    op.add_column("job_items", sa.Column("not_served_by", sa.String(128)))
