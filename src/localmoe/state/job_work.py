@@ -26,6 +26,7 @@ from localmoe.core.jobs import (
 from localmoe.state.database import Database
 from localmoe.state.files import insert_file
 from localmoe.state.jobs import (
+    current_turn,
     end_open,
     errors_json,
     flow_of,
@@ -141,6 +142,7 @@ class SqlJobWork:
                 .where(held)
                 .values(
                     state=ItemState.QUEUED,
+                    turn=await current_turn(connection, self._database),  # or it would hold the turn up
                     num_refusals=job_items.c.num_refusals + int(because is not Setback.INTERRUPTED),
                     num_not_served=job_items.c.num_not_served + int(because is Setback.NOT_SERVED),
                     not_served_by=runner if because is Setback.NOT_SERVED else None,
@@ -235,7 +237,7 @@ class SqlJobWork:
                 return False
             num_there = 1 + await _scalar(connection, last, default=-1)
             new = [item for item in items if item.position >= num_there]
-            await insert_items(connection, job_id, flow_of(job_of(row)), new)
+            await insert_items(connection, self._database, job_id, flow_of(job_of(row)), new)
         return True
 
     async def begin(self, job_id: str, *, num_items: int, runner: str) -> None:

@@ -51,7 +51,7 @@ class SqlJobStore:
                     f"{open_bytes + job.num_bytes} bytes with this; {max_open_bytes} may be kept at once"
                 )
             await connection.execute(insert(jobs).values(_row(job)))
-            await insert_items(connection, job.id, flow_of(job), items)
+            await insert_items(connection, self._database, job.id, flow_of(job), items)
 
     async def get(self, job_id: str, *, kind: JobKind, owner_id: str | None) -> Job | None:
         """See `JobStore.get`."""
@@ -89,16 +89,17 @@ class SqlJobStore:
             await connection.execute(delete(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(ENDED)))
 
 
-async def insert_items(connection: AsyncConnection, job_id: str, flow: str, items: Sequence[NewItem]) -> None:
+async def insert_items(
+    connection: AsyncConnection, database: Database, job_id: str, flow: str, items: Sequence[NewItem]
+) -> None:
     """Add items so that flows take turns: the first comes when others' first would, each further one a turn later,
     and none before those that its own flow has waiting (start-time fair queueing, Goyal et al., 1997)."""
     if not items:
         return
     queued = job_items.c.state == ItemState.QUEUED
-    now_turn = select(func.min(job_items.c.turn)).where(queued)
     own_last = select(func.max(job_items.c.turn)).where(queued, job_items.c.flow == flow)
     first = max(
-        (await connection.execute(now_turn)).scalar() or 0,
+        await current_turn(connection, database),
         1 + ((await connection.execute(own_last)).scalar() or 0),
     )
     await connection.execute(
@@ -120,6 +121,20 @@ async def insert_items(connection: AsyncConnection, job_id: str, flow: str, item
             for place, item in enumerate(items)
         ],
     )
+
+
+async def current_turn(connection: AsyncConnection, database: Database) -> int:
+    """Of the items that run, or else of those that could, or else of those that wait to be tried again."""
+    turn, queued = job_items.c.turn, job_items.c.state == ItemState.QUEUED
+    for statement in (
+        select(func.max(turn)).where(job_items.c.state == ItemState.RUNNING),
+        select(func.min(turn)).where(queued, job_items.c.due_at <= database.now),
+        select(func.min(turn)).where(queued),
+    ):
+        found = (await connection.execute(statement)).scalar()
+        if found is not None:
+            return int(found)
+    return 0
 
 
 async def end_open(connection: AsyncConnection, job_id: str, database: Database, *, because: ItemState) -> None:

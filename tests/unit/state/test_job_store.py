@@ -369,6 +369,29 @@ async def test_owners_take_turns(store: SqlJobStore, work: SqlJobWork) -> None:
     assert order[11:] == ["batch_1"] * 3
 
 
+@pytest.mark.parametrize("delay_s", [1000, -60])
+async def test_owners_take_turns_though_something_is_refused_all_the_time(
+    store: SqlJobStore, work: SqlJobWork, delay_s: float
+) -> None:
+    await started_batch(store, work, "batch_1", 60, ANNA)
+    await store.add(*single("job_1", BERT), max_open=10, max_open_bytes=1000)
+    num_done = 0
+    while num_done < 20:
+        for item in await work.lease_items("me", limit=2, lease_s=30):
+            if item.owner.id == "bert":
+                await work.put_back(item, runner="me", delay_s=delay_s, because=Setback.REFUSED)
+            else:
+                num_done += await work.finish(item, answered(item), runner="me")
+    await started_batch(store, work, "batch_2", 30, Principal(id="carl", name="Carl", role=Role.USER))
+    order = []
+    for _ in range(20):
+        (item,) = await work.lease_items("me", limit=1, lease_s=30)
+        order.append(item.job_id)
+    assert 9 <= order.count("batch_2") <= 11
+    if delay_s < 0:
+        assert "job_1" in order[:2], "what was refused does not come last for it"
+
+
 async def test_a_batch_from_beginning_to_end(store: SqlJobStore, work: SqlJobWork, database: Database) -> None:
     await started_batch(store, work, "batch_1", 3)
     leased = await work.lease_items("me", limit=5, lease_s=30)
