@@ -18,7 +18,9 @@ from localmoe.core.identity import Role
 from localmoe.core.request import Request
 from localmoe.gateway.config import GatewayConfig
 from localmoe.gateway.identity.keys import make_key
+from localmoe.gateway.jobs import runner
 from localmoe.gateway.jobs.config import JobsConfig
+from localmoe.state import job_work
 from localmoe.state.schema import jobs as jobs_table
 from localmoe.text.text_model import TextModel
 from support.stateful import StatefulGateway, stateful_gateway, upload
@@ -38,6 +40,13 @@ async def gateway(
 ) -> AsyncIterator[StatefulGateway]:
     async with stateful_gateway(text_model, backend, tmp_path) as found:
         yield found
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is served nowhere fails soon."""
+    monkeypatch.setattr(runner, "_MAX_RETRY_S", 0.1)
+    monkeypatch.setattr(job_work, "_GRACE_S", 0.1)
 
 
 @pytest.fixture
@@ -315,6 +324,7 @@ async def test_a_deleted_input_file_fails_the_batch(
     assert batch["errors"]["data"][0]["code"] == "file_not_found"
 
 
+@pytest.mark.usefixtures("hurried")
 async def test_owners_see_what_is_theirs_and_admins_everything(
     text_model: TextModel, backend: ScriptedBackend, tmp_path: Path
 ) -> None:
@@ -345,6 +355,7 @@ async def test_owners_see_what_is_theirs_and_admins_everything(
         assert len((await client.get("/v1/files", headers=headers["anna"])).json()["data"]) == 3
 
 
+@pytest.mark.usefixtures("hurried")
 async def test_a_batch_may_do_what_its_owner_may(
     text_model: TextModel, backend: ScriptedBackend, tmp_path: Path
 ) -> None:

@@ -136,6 +136,50 @@ async def test_items_that_were_leased_without_our_knowing_are_run(
     assert num_lost == 1
 
 
+async def test_nothing_ends_the_leader_for_good(gateway: StatefulGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "_MAX_PAUSE_S", 0.05)
+    work = gateway.state.jobs.runner._work
+    release, num_failures = work.release, 0
+
+    async def fail_once(*args: Any, **kwargs: Any) -> None:
+        nonlocal num_failures
+        num_failures += 1
+        if num_failures == 1:
+            raise TypeError
+        await release(*args, **kwargs)
+
+    monkeypatch.setattr(work, "release", fail_once)
+    job = (await gateway.client.post("/v1/inference", json=ASK)).json()
+    gateway.state.start(gateway.app)
+    assert (await until(gateway.client, f"/v1/jobs/{job['id']}"))["status"] == "completed"
+    assert num_failures == 2
+
+
+async def test_cancelling_twice_breaks_off_no_cleaning_up(gateway: StatefulGateway) -> None:
+    steps: list[str] = []
+
+    async def app(*_: Any) -> None:
+        steps.append("begun")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.1)
+            steps.append("cleaned up")
+
+    runner = gateway.state.jobs.runner
+    job = (await gateway.client.post("/v1/inference", json=ASK)).json()
+    runner.start(app)
+    async with asyncio.timeout(20):
+        while not steps:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        for _ in range(2):
+            runner.cancelled(job["id"])
+            await asyncio.sleep(0.01)
+        while len(steps) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert steps[:2] == ["begun", "cleaned up"]
+
+
 async def test_a_request_that_crashes_everything_has_an_error_in_its_batch(
     gateway: StatefulGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:

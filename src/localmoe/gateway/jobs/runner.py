@@ -111,15 +111,18 @@ class JobRunner:
         """End what is under way of a job that the store knows to be cancelled."""
         for lease, task in self._items.items():
             if lease[0] == job_id:
-                task.cancel()
+                self._cancel(task)
         self.wake()
 
     async def _lead(self) -> None:
-        await self._insist(lambda: self._work.release(self._name, interrupted=True))
+        has_released = False
         pause_s = _POLL_S
         while True:
             self._has_news.clear()
             try:
+                if not has_released:  # what an earlier one of this name had under way
+                    await self._work.release(self._name, interrupted=True)
+                    has_released = True
                 await self._take_work()
                 pause_s = _POLL_S
             except StorageError as error:
@@ -168,9 +171,13 @@ class JobRunner:
             self._name, items=before, job_ids=list(self._batches), lease_s=self._config.lease_s
         )
         for lease in before - held:
-            # A second cancellation would break off what the first one cleans up.
-            if (task := self._items.get(lease)) is not None and not task.cancelling():
-                task.cancel()
+            if (task := self._items.get(lease)) is not None:
+                self._cancel(task)
+
+    @staticmethod
+    def _cancel(task: asyncio.Task[None]) -> None:
+        if not task.cancelling():  # a second time would break off what the first one cleans up
+            task.cancel()
 
     async def _run(self, item: LeasedItem) -> None:
         """One item, to its end."""

@@ -1,17 +1,22 @@
 """What a gateway calls itself, where several share their jobs."""
 
 import fcntl
+import hashlib
 import os
+import platform
 import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
 
 class RunnerName:
     """A name that stays the same over restarts, so that what was under way before one is taken up again at once,
-    and that no other process has at the same time: it is in a file, which whoever has the name keeps locked. A
-    further server of the same home directory gets a name for this once.
+    and that no other process has at the same time: it is made of what is in a file, which whoever has the name keeps
+    locked, and of where that file is, for a copy of it may be in another directory, container or machine. A further
+    server of the same home directory gets a name for this once.
 
     Args:
         path: of the file; made if it is not there.
@@ -43,4 +48,12 @@ class RunnerName:
             file.close()
             raise
         self._file = file
-        return name
+        return f"{name}-{_place(file)}"
+
+
+def _place(file: BinaryIO) -> str:
+    """Where a file is, and since which start of the machine: that tells clones of one apart, too."""
+    boot = _BOOT_ID.read_text() if _BOOT_ID.exists() else ""
+    status = os.fstat(file.fileno())
+    told = f"{boot}/{platform.node()}/{status.st_dev}/{status.st_ino}"
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
