@@ -246,3 +246,18 @@ async def test_a_client_that_leaves_leaves_nothing(gateway: StatefulGateway, tmp
     }
     await gateway.app(scope, receive, send)
     assert list((tmp_path / "files").iterdir()) == []
+
+
+async def test_a_list_whose_files_are_deleted_meanwhile_does_not_end_as_if_complete(
+    gateway: StatefulGateway, sdk: openai.AsyncOpenAI
+) -> None:
+    for _ in range(5):
+        await upload(gateway.client, b"x")
+
+    async def delete_all() -> None:
+        async for file in sdk.files.list(limit=2):
+            await sdk.files.delete(file.id)
+
+    with pytest.raises(openai.BadRequestError, match="not in the list") as failed:
+        await delete_all()
+    assert failed.value.param == "after"

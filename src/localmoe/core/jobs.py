@@ -191,7 +191,11 @@ class JobStore(Protocol):
         ...
 
     async def page(self, *, kind: JobKind, owner_id: str | None, after: str | None, limit: int) -> list[Job]:
-        """The newest first, beginning behind the job of id `after`."""
+        """The newest first, beginning behind the job of id `after`.
+
+        Raises:
+            InvalidRequestError: that is none of these.
+        """
         ...
 
     async def result(self, job_id: str) -> ItemResult | None:
@@ -323,7 +327,11 @@ class FileStore(Protocol):
         ...
 
     async def page(self, query: FileQuery) -> list[FileRecord]:
-        """Those that have not expired."""
+        """Those that have not expired.
+
+        Raises:
+            InvalidRequestError: that which they are to be behind is none of these.
+        """
         ...
 
     async def delete(self, file_id: str) -> None:

@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from localmoe.core.errors import QuotaExceededError
 from localmoe.core.jobs import FileQuery, FileRecord
 from localmoe.state.database import Database
-from localmoe.state.paging import in_pages
+from localmoe.state.paging import read_page
 from localmoe.state.schema import files
 
 _MAX_EXPIRED = 1000
@@ -50,9 +50,15 @@ class SqlFileStore:
         statement = self._select(query.owner_id)
         if query.purpose is not None:
             statement = statement.where(files.c.purpose == query.purpose)
-        statement = in_pages(statement, files, after=query.after, newest_first=query.newest_first)
         async with self._database.read() as connection:
-            rows = (await connection.execute(statement.limit(query.limit))).all()
+            rows = await read_page(
+                connection,
+                statement,
+                files,
+                after=query.after,
+                newest_first=query.newest_first,
+                limit=query.limit,
+            )
         return [_record(row) for row in rows]
 
     async def delete(self, file_id: str) -> None:

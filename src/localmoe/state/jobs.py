@@ -21,7 +21,7 @@ from localmoe.core.jobs import (
     NewItem,
 )
 from localmoe.state.database import Database
-from localmoe.state.paging import in_pages
+from localmoe.state.paging import read_page
 from localmoe.state.schema import job_items, jobs
 
 _JSON_COLUMNS = {"owner": "owner", "metadata": "metadata_json", "errors": "errors_json"}
@@ -64,12 +64,11 @@ class SqlJobStore:
 
     async def page(self, *, kind: JobKind, owner_id: str | None, after: str | None, limit: int) -> list[Job]:
         """See `JobStore.page`."""
-        statement = select(jobs).where(jobs.c.kind == kind)
+        visible = select(jobs).where(jobs.c.kind == kind)
         if owner_id is not None:
-            statement = statement.where(jobs.c.owner_id == owner_id)
-        statement = in_pages(statement, jobs, after=after, newest_first=True)
+            visible = visible.where(jobs.c.owner_id == owner_id)
         async with self._database.read() as connection:
-            rows = (await connection.execute(statement.limit(limit))).all()
+            rows = await read_page(connection, visible, jobs, after=after, limit=limit)
         return [job_of(row) for row in rows]
 
     async def result(self, job_id: str) -> ItemResult | None:

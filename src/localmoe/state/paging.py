@@ -2,17 +2,40 @@
 
 from typing import Any
 
-from sqlalchemy import Select, Table, and_, or_, select
+from sqlalchemy import Row, Select, Table, and_, or_
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from localmoe.core.errors import InvalidRequestError
 
 
-def in_pages(statement: Select[Any], table: Table, *, after: str | None, newest_first: bool) -> Select[Any]:
-    """The rows in order of their creation, beginning behind the one of id `after`: none where there is no such."""
+async def read_page(
+    connection: AsyncConnection,
+    visible: Select[Any],
+    table: Table,
+    *,
+    after: str | None,
+    newest_first: bool = True,
+    limit: int,
+) -> list[Row[Any]]:
+    """Rows in order of their creation, beginning behind the one of id `after`.
+
+    Args:
+        visible: the rows of this table that whoever asks may see.
+
+    Raises:
+        InvalidRequestError: `after` is none of them. If it was deleted, nobody knows where to go on; that nothing
+            follows would be taken for the end.
+    """
     created, row_id = table.c.created_at, table.c.id
     if after is not None:
-        there = select(created).where(row_id == after).scalar_subquery()
+        there = (await connection.execute(visible.with_only_columns(created).where(row_id == after))).scalar()
+        if there is None:
+            raise InvalidRequestError(
+                f"after is {after[:200]!r}, which is not in the list (any more)", param="after"
+            )
         if newest_first:
-            statement = statement.where(or_(created < there, and_(created == there, row_id < after)))
+            visible = visible.where(or_(created < there, and_(created == there, row_id < after)))
         else:
-            statement = statement.where(or_(created > there, and_(created == there, row_id > after)))
+            visible = visible.where(or_(created > there, and_(created == there, row_id > after)))
     order = (created.desc(), row_id.desc()) if newest_first else (created, row_id)
-    return statement.order_by(*order)
+    return list(await connection.execute(visible.order_by(*order).limit(limit)))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import text, update
 
-from localmoe.core.errors import QuotaExceededError
+from localmoe.core.errors import InvalidRequestError, QuotaExceededError
 from localmoe.core.identity import Principal, Role
 from localmoe.core.jobs import (
     FileQuery,
@@ -165,7 +165,12 @@ async def test_pages_follow_each_other(store: SqlJobStore) -> None:
     ):
         seen += [one.id for one in found]
     assert seen == added[::-1]
-    assert await store.page(kind=JobKind.INFERENCE, owner_id="anna", after="nobody", limit=3) == []
+    await store.add(*single("job_of_bert", BERT), max_open=10, max_open_bytes=1000)
+    for after in ("nobody", "job_of_bert"):
+        with pytest.raises(InvalidRequestError, match=after):
+            await store.page(kind=JobKind.INFERENCE, owner_id="anna", after=after, limit=3)
+    with pytest.raises(InvalidRequestError):
+        await store.page(kind=JobKind.BATCH, owner_id="anna", after="job_1", limit=3)
 
 
 async def test_an_item_is_leased_once_by_many_runners(store: SqlJobStore, work: SqlJobWork) -> None:
@@ -580,6 +585,19 @@ async def test_quotas_hold_for_uploads_at_once(database: Database) -> None:
         *(store.add(record(f"file-{number}"), max_owner_bytes=35) for number in range(8)), return_exceptions=True
     )
     assert sum(one is None for one in added) == 3
+
+
+async def test_a_list_of_files_does_not_end_where_one_was_deleted(database: Database) -> None:
+    store = SqlFileStore(database)
+    for number, owner in enumerate(["anna", "anna", "anna", "bert"]):
+        await store.add(record(f"file-{number}", owner_id=owner), max_owner_bytes=100)
+    query = FileQuery(owner_id="anna", after="file-2")
+    assert [file.id for file in await store.page(query)] == ["file-1", "file-0"]
+    assert [file.id for file in await store.page(replace(query, after="file-1", newest_first=False))] == ["file-2"]
+    await store.delete("file-2")
+    for after in ("file-2", "file-3"):
+        with pytest.raises(InvalidRequestError, match=after):
+            await store.page(replace(query, after=after))
 
 
 async def test_expired_files_are_not_there(database: Database) -> None:
