@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,8 @@ from localmoe.core.errors import (
     OverloadedError,
 )
 from localmoe.core.events import EventBus, RequestFinished
-from localmoe.core.request import Request, TokenChunk
+from localmoe.core.request import Grammar, Request, TokenChunk
+from localmoe.gateway.answering.grammar_checks import GrammarChecker
 from localmoe.gateway.config import GatewayConfig
 from localmoe.text.text_model import TextModel
 from support.tiny_text import encode, scripted_app
@@ -134,6 +136,27 @@ async def test_after_a_comment_a_failure_is_an_event(serve) -> None:
     blocks = response.text.removesuffix("\n\n").split("\n\n")
     assert blocks[0] == ": keep-alive"
     assert json.loads(blocks[-1].removeprefix("data: "))["error"]["code"] == "engine_fault"
+
+
+async def test_so_is_a_failure_while_the_comment_goes_out(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes between the timer of a keep-alive and the task that this begins."""
+    config = GatewayConfig(keepalive_s=0.2)
+
+    async def fail_then(checker: GrammarChecker, grammar: Grammar, *, param: str) -> None:
+        time.sleep(config.keepalive_s)  # noqa: ASYNC251 (nothing else runs until the timer is due)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # meanwhile the timer runs
+        raise EngineFaultError("broken")
+
+    monkeypatch.setattr(GrammarChecker, "check", fail_then)
+    async with serve(ScriptedBackend([5]), config=config) as client:
+        response = await client.post(
+            CHAT, json={**BODY, "stream": True, "response_format": {"type": "json_object"}}
+        )
+    assert response.status_code == 200
+    comment, failure = response.text.removesuffix("\n\n").split("\n\n")
+    assert comment == ": keep-alive"
+    assert json.loads(failure.removeprefix("data: "))["error"]["code"] == "engine_fault"
 
 
 class Client:

@@ -237,6 +237,7 @@ class EventStreamResponse(Response):
                     await writer.write(answer.events(delta))
             await writer.write(answer.end())
         except Exception as error:
+            await writer.rest()  # a keep-alive that is on its way begins the answer
             if not writer.has_begun:
                 raise
             await writer.write(self._failure(to_api_error(error)))
