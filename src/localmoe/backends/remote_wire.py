@@ -148,7 +148,9 @@ class ToolCalls:
     """One answer's tool calls, numbered from 0 without gaps, whatever their server does."""
 
     def __init__(self) -> None:
-        self._places: dict[int, int] = {}
+        self._begun: dict[int, tuple[int, str | None]] = {}
+        """By the server's number: the place of the last call of that number, and the id that it came with."""
+        self._num_calls = 0
 
     def take(self, event: Event) -> tuple[ToolCallDelta, ...]:
         """What the event adds to them.
@@ -160,14 +162,19 @@ class ToolCalls:
 
     def _delta(self, call: _ToolCall) -> ToolCallDelta:
         arguments = call.function.arguments or ""
-        place = self._places.get(call.index)
-        if place is not None:
+        name = call.function.name
+        place, known_id = self._begun.get(call.index, (None, None))
+        # Some servers repeat id and name with every piece, and some have one number for all calls.
+        is_another = bool(name and call.id and known_id and call.id != known_id)
+        if place is not None and not is_another:
             return ToolCallDelta(index=place, arguments=arguments)
-        if not call.function.name:
+        if not name:
             raise EngineFaultError("the server sent a piece of a tool call that it had not begun")
-        place = self._places[call.index] = len(self._places)
-        call_id = call.id or f"call_{secrets.token_hex(12)}"
-        return ToolCallDelta(index=place, id=call_id, name=call.function.name, arguments=arguments)
+        place, self._num_calls = self._num_calls, self._num_calls + 1
+        self._begun[call.index] = place, call.id
+        return ToolCallDelta(
+            index=place, id=call.id or f"call_{secrets.token_hex(12)}", name=name, arguments=arguments
+        )
 
 
 class _Model(msgspec.Struct):

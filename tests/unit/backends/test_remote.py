@@ -119,6 +119,30 @@ async def test_tool_calls_and_reasoning_are_passed_on() -> None:
     assert chunks[-1].finish_reason == FinishReason.TOOL_CALLS
 
 
+async def test_calls_that_all_have_one_number_are_told_apart_by_their_ids() -> None:
+    server = FakeOpenAI(
+        [
+            piece(tool_calls=[{"index": 0, "id": "a", "function": {"name": "f", "arguments": '{"x":'}}]),
+            piece(tool_calls=[{"index": 0, "id": "a", "function": {"name": "f", "arguments": "1}"}}]),
+            piece(tool_calls=[{"index": 0, "id": "b", "function": {"name": "g", "arguments": ""}}]),
+            piece(tool_calls=[{"index": 0, "id": "c", "function": {"arguments": '{"y":2}'}}]),
+            piece(tool_calls=[{"index": 0, "id": "d", "function": {"name": "g", "arguments": "{}"}}]),
+            chunk(None, "tool_calls"),
+            DONE,
+        ]
+    )
+    async with remote(server) as backend:
+        chunks = await answer(backend, request(PromptSource(messages=[{"role": "user", "content": "hi"}])))
+    calls = [call for chunk in chunks for call in chunk.tool_calls]
+    assert [(call.index, call.id, call.name, call.arguments) for call in calls] == [
+        (0, "a", "f", '{"x":'),
+        (0, None, None, "1}"),
+        (1, "b", "g", ""),
+        (1, None, None, '{"y":2}'),
+        (2, "d", "g", "{}"),
+    ]
+
+
 async def test_a_piece_of_a_call_that_has_not_begun_is_a_fault() -> None:
     server = FakeOpenAI([piece(tool_calls=[{"index": 0, "function": {"arguments": "{"}}]), DONE])
     assert isinstance(await failure(server), EngineFaultError)
