@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from starlette.responses import Response
 
 from localmoe.backends.scripted import ScriptedBackend
 from localmoe.core.errors import BackendUnavailableError, EngineDiedError, RateLimitedError, StorageError
@@ -193,6 +194,44 @@ async def test_a_request_that_crashes_everything_has_an_error_in_its_batch(
     for one in await contents(gateway.client, batch["error_file_id"]):
         assert one["response"]["status_code"] == 500
         assert one["response"]["body"]["error"]["code"] == "internal_error"
+
+
+@pytest.mark.parametrize("body", [b"", b'{"logprob":NaN}', b'{"text":"\\ud800"}', b'{"text":"'])
+async def test_an_answer_that_is_no_json_is_an_error(gateway: StatefulGateway, body: bytes) -> None:
+    """And holds up no batch whose file it would be in."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await Response(body)(scope, receive, send)
+
+    batch, job = (
+        await start_batch(gateway.client, 2),
+        (await gateway.client.post("/v1/inference", json=ASK)).json(),
+    )
+    gateway.state.jobs.runner.start(app)
+    batch = await until(gateway.client, f"/v1/batches/{batch['id']}")
+    assert batch["request_counts"] == {"total": 2, "completed": 0, "failed": 2}
+    for one in await contents(gateway.client, batch["error_file_id"]):
+        assert one["response"]["body"]["error"]["code"] == "invalid_answer"
+    failed = await until(gateway.client, f"/v1/jobs/{job['id']}")
+    assert (failed["status"], failed["error"]["code"]) == ("failed", "invalid_answer")
+
+
+async def test_a_file_that_is_deleted_while_it_is_read_is_gone(
+    gateway: StatefulGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = await start_batch(gateway.client, 2)
+    files = gateway.state.jobs.runner._files
+    check = files._check
+
+    def check_and_delete(path: Path, endpoint: str) -> Any:
+        found = check(path, endpoint)
+        path.unlink()
+        return found
+
+    monkeypatch.setattr(files, "_check", check_and_delete)
+    gateway.state.start(gateway.app)
+    batch = await until(gateway.client, f"/v1/batches/{batch['id']}")
+    assert (batch["status"], batch["errors"]["data"][0]["code"]) == ("failed", "file_not_found")
 
 
 async def test_a_batch_ends_though_another_takes_all_places(text_model: TextModel, tmp_path: Path) -> None:

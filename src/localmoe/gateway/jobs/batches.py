@@ -87,11 +87,13 @@ class BatchFiles:
         if record is None:
             await self._work.reject(job.id, [_GONE], runner=runner)
             return
-        path = self.folder.path(record.id)
         try:
-            errors, num_lines = await asyncio.to_thread(self._check, path, job.endpoint)
+            await self._take_over(job, self.folder.path(record.id), runner)
         except FileNotFoundError:
-            errors, num_lines = [_GONE], 0
+            await self._work.reject(job.id, [_GONE], runner=runner)
+
+    async def _take_over(self, job: Job, path: Path, runner: str) -> None:
+        errors, num_lines = await asyncio.to_thread(self._check, path, job.endpoint)
         if errors:
             await self._work.reject(job.id, errors, runner=runner)
             return

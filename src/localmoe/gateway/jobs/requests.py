@@ -112,6 +112,11 @@ class _Answer:
             message = f"the answer is longer than the {self._max_bytes} bytes that are kept of one"
             error = ApiError(status=500, message=message, type="server_error", code="answer_too_long")
             status, body = error.status, error.body()
+        elif not _is_json(body):  # which could be put into no file of answers, and into no job's result
+            error = ApiError(
+                status=500, message="the answer was not valid JSON", type="server_error", code="invalid_answer"
+            )
+            status, body = error.status, error.body()
         return Reply(
             status=status,
             body=body,
@@ -131,6 +136,14 @@ class _Answer:
         """As the answer says; one that does not say will not be another the next time."""
         told = self._headers.get(b"retry-after", b"")
         return float(told) if told.isdigit() else None
+
+
+def _is_json(body: bytes) -> bool:
+    try:
+        msgspec.json.format(body)
+    except msgspec.MsgspecError:
+        return False
+    return True
 
 
 def _code(body: bytes) -> str | None:
