@@ -381,3 +381,12 @@ async def test_engines_that_are_away_are_waited_for(text_model: TextModel, tmp_p
         await until(gateway.client, batch, lambda now: now["status"] == "in_progress")
         away = False
         assert (await ended(gateway.client, batch))["status"] == "completed"
+
+
+async def test_a_line_may_be_as_long_as_a_request_may_be_now(gateway: StatefulGateway) -> None:
+    lines = jsonl(line(1, prompt="a" * 2000))
+    gateway.config.replace(GatewayConfig(max_body_bytes=1000))
+    refused = await ended(gateway.client, await start(gateway.client, lines))
+    assert [error["code"] for error in refused["errors"]["data"]] == ["line_too_long"]
+    gateway.config.replace(GatewayConfig(max_body_bytes=3000))
+    assert (await ended(gateway.client, await start(gateway.client, lines)))["errors"] is None

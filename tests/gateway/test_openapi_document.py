@@ -81,7 +81,7 @@ async def whole_app(text: TextModel, home: Path) -> AsyncIterator[FastAPI]:
     await backend.start()
     await slow.start()
     (home / "config.yaml").write_text("models: [{model: tiny}]\n")
-    state = ServerState(StateConfig(), config, home=home)
+    state = ServerState(StateConfig(), Current(config), home=home)
     async with configured_server(home / "config.yaml", text) as configured:
         services = replace(
             make_services(bus, operations=WillingOperations()),

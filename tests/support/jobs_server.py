@@ -30,7 +30,7 @@ async def serve(home: Path, settings: dict[str, dict[str, object]]) -> None:
     await backend.start()
     config = GatewayConfig(jobs=JobsConfig(**settings.get("jobs", {})))  # type: ignore[arg-type]
     bus = EventBus()
-    state = ServerState(StateConfig(**settings.get("state", {})), config, home=home)  # type: ignore[arg-type]
+    state = ServerState(StateConfig(**settings.get("state", {})), Current(config), home=home)  # type: ignore[arg-type]
     services = replace(make_services(bus), jobs=state.jobs)
     app = create_app({"tiny": served_model(text, backend)}, services=services, config=Current(config), bus=bus)
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -28,6 +28,7 @@ class StatefulGateway:
     app: FastAPI
     state: ServerState
     client: httpx2.AsyncClient
+    config: Current[GatewayConfig]
 
 
 @asynccontextmanager
@@ -44,19 +45,17 @@ async def stateful_gateway(
 ) -> AsyncIterator[StatefulGateway]:
     """A gateway over one scripted model of this name, whose state is in `home`."""
     await backend.start()
-    config, bus = config or GatewayConfig(), EventBus()
-    state = ServerState(state_config or StateConfig(), config, home=home)
+    current, bus = Current(config or GatewayConfig()), EventBus()
+    state = ServerState(state_config or StateConfig(), current, home=home)
     guard = Guard(identity=Authenticator(state.keys, None)) if asks_for_keys else Guard()
     services = replace(make_services(bus), jobs=state.jobs)
-    app = create_app(
-        {name: served_model(text, backend)}, services=services, config=Current(config), bus=bus, guard=guard
-    )
+    app = create_app({name: served_model(text, backend)}, services=services, config=current, bus=bus, guard=guard)
     if runs_jobs:
         state.start(app)
     transport = httpx2.ASGITransport(app=app)
     try:
         async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
-            yield StatefulGateway(app, state, client)
+            yield StatefulGateway(app, state, client, current)
     finally:
         await state.stop()
         await state.close()

@@ -59,7 +59,7 @@ class Gateway:
             meter=engines.meter,
             bus=engines.bus,
         )
-        self._state = ServerState(self._settings.state, self._settings.gateway, home=self._settings.home)
+        self._state = ServerState(self._settings.state, self._config, home=self._settings.home)
         self._doors: Doors | None = None
 
     async def serve(self, starting: asyncio.Task[None], listener: socket.socket) -> None:

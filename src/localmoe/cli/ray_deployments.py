@@ -289,7 +289,7 @@ class GatewayDeployment:
     ) -> None:
         self._settings = settings
         gateway = Current(settings.gateway)
-        self._state = ServerState(settings.state, settings.gateway, home=settings.home)
+        self._state = ServerState(settings.state, gateway, home=settings.home)
         asks = settings.gateway.identity.mode != "open"
         self._doors = Doors(settings, gateway, self._state.keys, asks=asks)
         self._bus = EventBus()

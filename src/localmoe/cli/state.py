@@ -4,6 +4,7 @@ from pathlib import Path
 
 from starlette.types import ASGIApp
 
+from localmoe.core.current import Current
 from localmoe.gateway.config import GatewayConfig
 from localmoe.gateway.jobs.batches import BatchFiles
 from localmoe.gateway.jobs.folder import FileFolder
@@ -26,7 +27,8 @@ class ServerState:
         home: directory of what is on disk.
     """
 
-    def __init__(self, config: StateConfig, gateway: GatewayConfig, *, home: Path) -> None:
+    def __init__(self, config: StateConfig, gateway: Current[GatewayConfig], *, home: Path) -> None:
+        jobs = gateway.now.jobs
         self._database = Database(config, default_path=home / STATE_FILE)
         self._runner_name = RunnerName(home / "runner")
         self.keys = SqlKeyStore(self._database)
@@ -34,12 +36,10 @@ class ServerState:
             self._database, max_owner_bytes=config.max_owner_response_bytes, keep_s=config.keep_responses_s
         )
         directory = home / "files" if config.files_directory is None else Path(config.files_directory).expanduser()
-        folder = FileFolder(
-            SqlFileStore(self._database), directory, max_owner_bytes=gateway.jobs.max_owner_file_bytes
-        )
+        folder = FileFolder(SqlFileStore(self._database), directory, max_owner_bytes=jobs.max_owner_file_bytes)
         work = SqlJobWork(self._database)
-        batch_files = BatchFiles(work, folder, config=gateway.jobs, max_line_bytes=gateway.max_body_bytes)
-        runner = JobRunner(work, batch_files, config=gateway.jobs, name=self._runner_name.name)
+        batch_files = BatchFiles(work, folder, config=jobs, max_line_bytes=lambda: gateway.now.max_body_bytes)
+        runner = JobRunner(work, batch_files, config=jobs, name=self._runner_name.name)
         self.jobs = JobServices(store=SqlJobStore(self._database), folder=folder, runner=runner)
 
     def start(self, app: ASGIApp) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -66,10 +66,12 @@ class BatchFiles:
     """Reads and writes them.
 
     Args:
-        max_line_bytes: longest line of a batch's file.
+        max_line_bytes: says how long a line of a batch's file may be now.
     """
 
-    def __init__(self, work: JobWork, folder: FileFolder, *, config: JobsConfig, max_line_bytes: int) -> None:
+    def __init__(
+        self, work: JobWork, folder: FileFolder, *, config: JobsConfig, max_line_bytes: Callable[[], int]
+    ) -> None:
         self.folder = folder
         self._work = work
         self._config = config
@@ -170,8 +172,8 @@ class BatchFiles:
 
     def _problem(self, line: bytes, endpoint: str, seen: set[str]) -> tuple[str, str, str | None] | None:
         """Code, message and field."""
-        if len(line) > self._max_line_bytes:
-            return "line_too_long", f"the line is longer than {self._max_line_bytes} bytes", None
+        if len(line) > (max_bytes := self._max_line_bytes()):
+            return "line_too_long", f"the line is longer than {max_bytes} bytes", None
         try:
             request = msgspec.json.decode(line, type=_Line)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -196,7 +198,7 @@ class BatchFiles:
     def _lines(self, path: Path) -> Iterator[tuple[int, bytes]]:
         """Lines with their numbers from 1, but for blank ones, as long as those are not too many; of one that is too
         long, the beginning."""
-        size = self._max_line_bytes + 2
+        size = self._max_line_bytes() + 2
         with open(path, "rb") as file:
             number = 0
             num_blank = 0
