@@ -128,14 +128,14 @@ def rotate(
     async def replace(store: KeyStore) -> tuple[str, KeyRecord]:
         wanted = _id_of(key_id)
         old = next((record for record in await store.all() if record.id == wanted), None)
+        if old is None:
+            raise ConfigError(f"there is no key {wanted!r}; see `localmoe keys list`")
         now_s = time.time()
-        if old is None or not old.is_valid(now_s):
-            problem = "there is no key" if old is None else "expired or revoked already is"
-            raise ConfigError(f"{problem} {wanted!r}; see `localmoe keys list`")
-        key, record = rotated(old, now_s=now_s)
-        await store.add(record)
-        await store.revoke(old.id, at_s=now_s + grace_hours * _HOUR_S)
-        return key, record
+        if old.is_valid(now_s):
+            key, record = rotated(old, now_s=now_s)
+            if await store.replace(old.id, record, now_s=now_s, until_s=now_s + grace_hours * _HOUR_S):
+                return key, record
+        raise ConfigError(f"expired or revoked already is {wanted!r}; see `localmoe keys list`")
 
     _show_key(*_with_store(config, replace))
 

@@ -56,6 +56,15 @@ class KeyStore(Protocol):
         """
         ...
 
+    async def replace(self, old_id: str, record: KeyRecord, *, now_s: float, until_s: float) -> bool:
+        """Keep a new key in another's place, which opens nothing from `until_s` on. False: that one is not valid now,
+        and nothing is changed.
+
+        Raises:
+            ConflictError: there is one of this id or digest.
+        """
+        ...
+
     async def find(self, digest: bytes) -> KeyRecord | None:
         """The key of this digest, also one that is not valid any more; None: there is none."""
         ...

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
-from sqlalchemy import Row, bindparam, case, insert, or_, select, update
+from sqlalchemy import Row, Update, bindparam, case, insert, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from localmoe.core.errors import ConflictError
 from localmoe.core.identity import RateLimits, Role
@@ -23,14 +24,28 @@ class SqlKeyStore:
 
     async def add(self, record: KeyRecord) -> None:
         """See `KeyStore.add`."""
+        async with self._database.write() as connection:
+            await self._insert(connection, record)
+
+    async def replace(self, old_id: str, record: KeyRecord, *, now_s: float, until_s: float) -> bool:
+        """See `KeyStore.replace`."""
+        ends = (api_keys.c.expires_s, api_keys.c.revoked_s)
+        valid = [or_(end.is_(None), end > now_s) for end in ends]
+        async with self._database.write() as connection:
+            ended = await connection.execute(_revocation(old_id, until_s).where(*valid))
+            if ended.rowcount != 1:
+                return False
+            await self._insert(connection, record)
+        return True
+
+    async def _insert(self, connection: AsyncConnection, record: KeyRecord) -> None:
         values = {column.name: getattr(record, column.name) for column in api_keys.columns}
         values |= {name: msgspec.json.encode(values[name]) for name in _JSON_COLUMNS}
         same = select(api_keys.c.id).where(or_(api_keys.c.id == record.id, api_keys.c.digest == record.digest))
-        async with self._database.write() as connection:
-            await self._database.lock(connection, "api keys")
-            if (await connection.execute(same)).first() is not None:
-                raise ConflictError(f"there is an API key {record.id} already")
-            await connection.execute(insert(api_keys).values(values))
+        await self._database.lock(connection, "api keys")
+        if (await connection.execute(same)).first() is not None:
+            raise ConflictError(f"there is an API key {record.id} already")
+        await connection.execute(insert(api_keys).values(values))
 
     async def find(self, digest: bytes) -> KeyRecord | None:
         """See `KeyStore.find`."""
@@ -46,12 +61,8 @@ class SqlKeyStore:
 
     async def revoke(self, key_id: str, *, at_s: float) -> bool:
         """See `KeyStore.revoke`."""
-        revoked_s = api_keys.c.revoked_s
-        earlier = case((revoked_s < at_s, revoked_s), else_=at_s)
         async with self._database.write() as connection:
-            found = await connection.execute(
-                update(api_keys).where(api_keys.c.id == key_id).values(revoked_s=earlier)
-            )
+            found = await connection.execute(_revocation(key_id, at_s))
             return found.rowcount == 1
 
     async def touch(self, used_s: Mapping[str, float]) -> None:
@@ -68,6 +79,13 @@ class SqlKeyStore:
             await connection.execute(
                 statement, [{"key_id": key_id, "time_s": time_s} for key_id, time_s in sorted(used_s.items())]
             )
+
+
+def _revocation(key_id: str, at_s: float) -> Update:
+    """From then on, or from when it was revoked already if that is earlier."""
+    revoked_s = api_keys.c.revoked_s
+    earlier = case((revoked_s < at_s, revoked_s), else_=at_s)
+    return update(api_keys).where(api_keys.c.id == key_id).values(revoked_s=earlier)
 
 
 def _record(row: Row[Any]) -> KeyRecord:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import sqlite3
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from localmoe.config.settings import Settings, load_settings
 from localmoe.core.current import Current
 from localmoe.core.errors import AuthenticationError, ConfigError, PermissionDeniedError
 from localmoe.core.identity import Principal, RateLimits, Role
+from localmoe.core.keys import KeyRecord
 from localmoe.gateway.identity.authenticator import Authenticator
 from localmoe.gateway.identity.open import OpenToAll, OpenToOwnPages
+from localmoe.state.keys import SqlKeyStore
 from support.identity import MemoryKeyStore
 
 
@@ -113,6 +116,22 @@ def test_a_revoked_key_is_not_rotated(home: Path) -> None:
     keys("revoke", row["id"])
     with pytest.raises(ConfigError, match="expired or revoked already"):
         keys("rotate", row["id"])
+
+
+def test_a_key_that_is_revoked_meanwhile_is_not_rotated(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys("create", "alice")
+    (row,) = listed()
+    everything = SqlKeyStore.all
+
+    async def revoke_then(store: SqlKeyStore) -> Sequence[KeyRecord]:
+        found = await everything(store)
+        await store.revoke(row["id"], at_s=1.0)
+        return found
+
+    with monkeypatch.context() as patches, pytest.raises(ConfigError, match="expired or revoked already"):
+        patches.setattr(SqlKeyStore, "all", revoke_then)
+        keys("rotate", row["id"])
+    assert [row["state"] for row in listed()] == ["revoked"]
 
 
 def test_a_whole_key_in_place_of_its_id_is_not_printed(home: Path) -> None:
