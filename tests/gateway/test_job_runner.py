@@ -373,7 +373,7 @@ async def test_whoever_is_late_replaces_no_answers(gateway: StatefulGateway, tmp
         assert await work.finish(item, answer, runner="reader")
     late = await work.lease_job("late", lease_s=-1)
     assert late is not None
-    await work.look_after(keep_ended_s=1000)
+    await work.look_after(keep_ended_s=1000, max_owner_bytes=1000)
     taken = await work.lease_job("other", lease_s=30)
     assert taken is not None
     await files.write(late, runner="late")

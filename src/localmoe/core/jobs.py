@@ -95,7 +95,8 @@ class Job:
     cancelling_at: float | None = None
     ended_at: float | None = None
     num_bytes: int = 0
-    """Of its requests, which are kept until they have been answered."""
+    """Of its requests, which are kept until they have been answered; of an asynchronous request that has ended, of
+    its result."""
     num_items: int = 0
     num_succeeded: int = 0
     num_failed: int = 0
@@ -248,8 +249,9 @@ class JobWork(Protocol):
         """
         ...
 
-    async def look_after(self, *, keep_ended_s: float) -> None:
-        """Put back what a runner that is gone has held, end what has expired, forget what ended long ago."""
+    async def look_after(self, *, keep_ended_s: float, max_owner_bytes: int) -> None:
+        """Put back what a runner that is gone has held, end what has expired, forget what ended long ago, and of an
+        owner's results of asynchronous requests the oldest, where they take more than this together."""
         ...
 
     async def lease_job(self, runner: str, *, lease_s: float) -> Job | None:

@@ -7,7 +7,7 @@ changes nothing. A job's row is locked before its items' rows, always in this or
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, case, delete, exists, func, or_, select, tuple_, update
+from sqlalchemy import BigInteger, ColumnElement, and_, case, delete, exists, func, or_, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from localmoe.core.jobs import (
@@ -178,7 +178,7 @@ class SqlJobWork:
         async with self._database.write() as connection:
             await self._free(connection, *mine, uncounted=0 if interrupted else 1)
 
-    async def look_after(self, *, keep_ended_s: float) -> None:
+    async def look_after(self, *, keep_ended_s: float, max_owner_bytes: int) -> None:
         """See `JobWork.look_after`."""
         now = self._database.now
         # With their states, by which they are found without a look at all there are.
@@ -202,6 +202,24 @@ class SqlJobWork:
         if old_ids:
             async with self._database.write() as connection:
                 await connection.execute(delete(jobs).where(jobs.c.id.in_(old_ids)))
+        await self._forget_beyond(max_owner_bytes)
+
+    async def _forget_beyond(self, max_owner_bytes: int) -> None:
+        """Of results that take more than this together, forget the oldest; an owner's latest is kept in any case."""
+        num_bytes = func.sum(jobs.c.num_bytes, type_=BigInteger)
+        ended = and_(jobs.c.kind == JobKind.INFERENCE, jobs.c.ended_at.is_not(None))
+        owners = select(jobs.c.owner_id).where(ended).group_by(jobs.c.owner_id).having(num_bytes > max_owner_bytes)
+        kept = num_bytes.over(order_by=(jobs.c.ended_at.desc(), jobs.c.id)).label("kept")
+        async with self._database.read() as connection:
+            owner_ids = (await connection.execute(owners)).scalars().all()
+        for owner_id in owner_ids:
+            sizes = select(jobs.c.id, jobs.c.num_bytes, kept).where(ended, jobs.c.owner_id == owner_id).subquery()
+            too_many = sizes.c.kept > max_owner_bytes, sizes.c.kept > sizes.c.num_bytes
+            async with self._database.write() as connection:
+                ids = (
+                    (await connection.execute(select(sizes.c.id).where(*too_many).limit(_AT_ONCE))).scalars().all()
+                )
+                await connection.execute(delete(jobs).where(jobs.c.id.in_(ids)))
 
     async def lease_job(self, runner: str, *, lease_s: float) -> Job | None:
         """See `JobWork.lease_job`."""
@@ -321,11 +339,16 @@ class SqlJobWork:
         if ended.rowcount != 1:
             return False
         succeeded = int(result.state is ItemState.SUCCEEDED)
-        await self._count(connection, job_id, succeeded=succeeded, failed=1 - succeeded)
+        await self._count(
+            connection, job_id, succeeded=succeeded, failed=1 - succeeded, num_bytes=len(result.body)
+        )
         return True
 
-    async def _count(self, connection: AsyncConnection, job_id: str, *, succeeded: int, failed: int) -> None:
-        """Count items that have ended, and end a job that has no others; of a batch, begin with it."""
+    async def _count(
+        self, connection: AsyncConnection, job_id: str, *, succeeded: int, failed: int, num_bytes: int = 0
+    ) -> None:
+        """Count items that have ended, and end a job that has no others, of which so many bytes are kept then; of a
+        batch, begin with it."""
         num_succeeded, num_failed = jobs.c.num_succeeded + succeeded, jobs.c.num_failed + failed
         done = and_(jobs.c.state == JobState.IN_PROGRESS, num_succeeded + num_failed >= jobs.c.num_items)
         batch_done = and_(done, jobs.c.kind == JobKind.BATCH)
@@ -343,6 +366,7 @@ class SqlJobWork:
                     (single_done, JobState.COMPLETED.value),
                     else_=jobs.c.state,
                 ),
+                num_bytes=case((single_done, num_bytes), else_=jobs.c.num_bytes),
                 finalizing_at=case((batch_done, now), else_=jobs.c.finalizing_at),
                 ended_at=case((single_done, now), else_=jobs.c.ended_at),
             )

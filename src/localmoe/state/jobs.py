@@ -153,7 +153,7 @@ async def end_open(connection: AsyncConnection, job_id: str, database: Database,
         values["finalizing_at"] = database.now
     else:
         state = JobState.CANCELLED if cancelled else JobState.EXPIRED
-        values["ended_at"] = database.now
+        values |= {"ended_at": database.now, "num_bytes": 0}
     await connection.execute(update(jobs).where(jobs.c.id == job_id).values(state=state, **values))
     await connection.execute(
         update(job_items)

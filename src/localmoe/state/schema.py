@@ -96,6 +96,7 @@ jobs = Table(
     Index("ix_jobs_state", "state", "expires_at"),
     Index("ix_jobs_ended", "ended_at"),
     Index("ix_jobs_lease", "lease_owner"),
+    Index("ix_jobs_kept", "kind", "owner_id", "ended_at", "num_bytes"),
 )
 
 job_items = Table(

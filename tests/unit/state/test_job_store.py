@@ -189,7 +189,7 @@ async def test_an_item_is_leased_once_by_many_runners(store: SqlJobStore, work: 
 async def test_a_lost_lease_records_nothing(store: SqlJobStore, work: SqlJobWork) -> None:
     await store.add(*single("job_1"), max_open=10, max_open_bytes=1000)
     (first,) = await work.lease_items("slow", limit=1, lease_s=-1)
-    await work.look_after(keep_ended_s=1000)
+    await work.look_after(keep_ended_s=1000, max_owner_bytes=1000)
     (second,) = await work.lease_items("fast", limit=1, lease_s=30)
     assert second.num_starts == 2
     assert not await work.finish(first, answered(first), runner="slow")
@@ -213,7 +213,7 @@ async def test_leases_are_kept_while_renewed(store: SqlJobStore, work: SqlJobWor
     (item,) = await work.lease_items("me", limit=1, lease_s=-1)
     running = [item.lease, ("job_9", 0, 1)]
     assert await work.renew("me", items=running, job_ids=[], lease_s=30) == {("job_1", 0, 1)}
-    await work.look_after(keep_ended_s=1000)
+    await work.look_after(keep_ended_s=1000, max_owner_bytes=1000)
     assert await work.lease_items("other", limit=1, lease_s=30) == []
     await store.cancel("job_1")
     assert await work.renew("me", items=running, job_ids=[], lease_s=30) == set()
@@ -477,7 +477,7 @@ async def test_a_batch_that_is_given_back_lets_others_go_first(store: SqlJobStor
         order.append(taken and taken.id)
         await work.give_back("batch_0", runner="me", delay_s=1000)
     assert order == ["batch_0", "batch_1", None]
-    await work.look_after(keep_ended_s=1000)
+    await work.look_after(keep_ended_s=1000, max_owner_bytes=1000)
     assert await work.lease_job("me", lease_s=30) is None
     await store.cancel("batch_0")  # there is something else to be done now
     assert (await work.lease_job("me", lease_s=30)) is not None
@@ -517,7 +517,7 @@ async def test_what_expires_ends_without_the_rest(
     await store.add(*single("job_1"), max_open=10, max_open_bytes=1000)
     async with database.write() as connection:
         await connection.execute(update(jobs_table).values(expires_at=1.0))
-    await work.look_after(keep_ended_s=1000)
+    await work.look_after(keep_ended_s=1000, max_owner_bytes=1000)
     assert (await job(store, "job_1")).state is JobState.EXPIRED
     expiring = await work.lease_job("me", lease_s=30)
     assert expiring is not None
@@ -530,12 +530,28 @@ async def test_what_ended_long_ago_is_forgotten(store: SqlJobStore, work: SqlJob
     for number in range(2):
         await store.add(*single(f"job_{number}"), max_open=10, max_open_bytes=1000)
     await store.cancel("job_0")
-    await work.look_after(keep_ended_s=1000)
+    await work.look_after(keep_ended_s=1000, max_owner_bytes=1000)
     assert await store.get("job_0", kind=JobKind.INFERENCE, owner_id=None) is not None
-    await work.look_after(keep_ended_s=-1)
+    await work.look_after(keep_ended_s=-1, max_owner_bytes=1000)
     assert await store.get("job_0", kind=JobKind.INFERENCE, owner_id=None) is None
     assert await store.result("job_0") is None
     assert await store.get("job_1", kind=JobKind.INFERENCE, owner_id=None) is not None
+
+
+async def test_what_is_kept_of_results_is_bounded_for_each_owner(store: SqlJobStore, work: SqlJobWork) -> None:
+    sizes = {"job_0": 300, "job_1": 600, "job_2": 300, "job_3": 1, "job_bert": 2000, "job_open": None}
+    for job_id, size in sizes.items():
+        await store.add(*single(job_id, BERT if job_id == "job_bert" else ANNA), max_open=9, max_open_bytes=1000)
+        if size:
+            (item,) = await work.lease_items("me", limit=1, lease_s=30)
+            await work.finish(item, replace(answered(item), body=b"1" * size), runner="me")
+    await store.cancel("job_open")
+    await store.add(*single("job_open_still"), max_open=9, max_open_bytes=1000)
+    await work.look_after(keep_ended_s=1000, max_owner_bytes=1000)
+    left = [one.id for one in await store.page(kind=JobKind.INFERENCE, owner_id="anna", after=None, limit=9)]
+    assert left == ["job_open_still", "job_open", "job_3", "job_2", "job_1"]
+    assert await store.result("job_0") is None
+    assert await store.result("job_bert") is not None, "the latest is there, however long"
 
 
 async def test_only_ended_jobs_are_deleted(store: SqlJobStore) -> None:

@@ -20,7 +20,8 @@ class JobsConfig:
     """Largest file that can be uploaded."""
     max_owner_file_bytes: int = 2 * 2**30
     """Most that one owner's files may take together, and the requests of their open jobs and batches likewise.
-    Answers of batches count, but are never refused."""
+    Answers of batches count, but are never refused. Results of asynchronous requests may take as much again; the
+    oldest are forgotten early."""
     upload_timeout_s: float = 600.0
     """A file that has not come whole by then gets 408."""
     max_answer_bytes: int = 16 * 2**20

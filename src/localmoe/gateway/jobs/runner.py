@@ -146,7 +146,9 @@ class JobRunner:
         if time.monotonic() >= self._next_look_s:
             self._next_look_s = time.monotonic() + lease_s / 3
             await self._keep_leases()
-            await self._work.look_after(keep_ended_s=self._config.keep_ended_s)
+            await self._work.look_after(
+                keep_ended_s=self._config.keep_ended_s, max_owner_bytes=self._config.max_owner_file_bytes
+            )
             await self._files.folder.sweep()
         if (free := self._config.max_running - len(self._items)) > 0:
             for item in await self._work.lease_items(self._name, limit=free, lease_s=lease_s):
