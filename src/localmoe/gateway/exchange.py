@@ -5,12 +5,11 @@ the same one without every function between them passing it on; tasks that a req
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from localmoe.core.bound import Bound
 from localmoe.core.events import Event, RequestFinished
 from localmoe.core.identity import ANYBODY, STRANGER, Principal
 from localmoe.gateway.identity.access import Rule
@@ -58,14 +57,9 @@ class Exchange:
 _current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
 
 
-@contextmanager
-def bound(exchange: Exchange) -> Iterator[None]:
+def bound(exchange: Exchange) -> Bound[Exchange | None]:
     """Makes it the one that the code inside runs for."""
-    token = _current.set(exchange)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+    return Bound(_current, exchange)
 
 
 def current_exchange() -> Exchange | None:

@@ -4,10 +4,10 @@ Middleware says the first and reads the second; models' generators, some calls b
 context variable so that no API has to know of it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+
+from localmoe.core.bound import Bound
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,14 +36,9 @@ class CacheUse:
 _current: ContextVar[CacheUse | None] = ContextVar("cache_use", default=None)
 
 
-@contextmanager
-def bound(use: CacheUse) -> Iterator[None]:
+def bound(use: CacheUse) -> Bound[CacheUse | None]:
     """Makes it the one that the code inside, and tasks that it starts, go by."""
-    token = _current.set(use)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+    return Bound(_current, use)
 
 
 def current_use() -> CacheUse | None:

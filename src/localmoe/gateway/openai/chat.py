@@ -84,13 +84,14 @@ class ChatAnswer:
             "created": int(time.time()),
             "model": model.id,
         }
-        self._messages = [_Message() for _ in range(num_choices)]
+        self._messages: dict[int, _Message] = {}
         self._usage = UsageCounter(num_choices)
 
     def add(self, delta: ChoiceDelta) -> None:
         """See `Answer.add`."""
         self._usage.count(delta)
-        self._messages[delta.index].add(delta, self._scorer.entries(delta.scored))
+        message = self._messages.setdefault(delta.index, _Message())
+        message.add(delta, self._scorer.entries(delta.scored))
 
     def whole(self) -> bytes:
         """See `Answer.whole`: a `ChatCompletion`."""
@@ -101,7 +102,7 @@ class ChatAnswer:
                 "logprobs": _logprobs(message.scores) if self._with_logprobs else None,
                 "finish_reason": message.finish_reason,
             }
-            for index, message in enumerate(self._messages)
+            for index, message in sorted(self._messages.items())
         ]
         envelope = {**self._envelope, "object": "chat.completion"}
         return encode({**envelope, "choices": choices, "usage": self._usage.usage()})
