@@ -156,7 +156,7 @@ async def test_thoughts_text_and_calls_are_blocks_one_after_the_other(serve, thi
         ({"output_config": {"effort": "high"}}, "high"),
         ({"output_config": {"effort": "max"}}, "max"),
         ({"thinking": {"type": "disabled"}}, "none"),
-        ({"thinking": {"type": "disabled"}, "output_config": {"effort": "medium"}}, "medium"),
+        ({"thinking": {"type": "disabled"}, "output_config": {"effort": "medium"}}, "none"),
     ],
 )
 async def test_other_servers_hear_of_thinking_only_what_was_said(fields: Any, effort: str | None) -> None:

@@ -177,3 +177,4 @@ def test_failures_after_a_keep_alive_and_before_an_answer(
     assert (created.response.id, created.response.status) == (failed.response.id, "in_progress")
     assert failed.response.error is not None
     assert failed.response.error.message == "broken"
+    assert (created.response.to_dict()["store"], failed.response.to_dict()["store"]) == (False, False)

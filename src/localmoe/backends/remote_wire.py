@@ -37,7 +37,7 @@ _MAX_DIMENSIONS = 2**16
 _MAX_EMBEDDING_BYTES = 2**22
 _DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
-_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
 
 class _PromptDetails(msgspec.Struct):

@@ -16,6 +16,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     tool_calls: tuple[ToolCallDelta, ...] = ()
     end: int
     """Characters of the answer, as the model wrote it, up to the end of this."""
+    is_break: bool = False
+    """Whether it is content that the model has not written, between paragraphs that were apart."""
 
 
 class AnswerParser(Protocol):
@@ -59,7 +61,7 @@ class PlainParser:
 def add_part(parts: list[Part], part: Part) -> None:
     """Put a part after the others. Neighbours of one kind become one, and so do pieces of one call."""
     last = parts[-1] if parts else None
-    if last is None or bool(last.content) != bool(part.content) or bool(last.reasoning) != bool(part.reasoning):
+    if last is None or _kind(last) != _kind(part):
         parts.append(part)
         return
     parts[-1] = Part(
@@ -68,6 +70,10 @@ def add_part(parts: list[Part], part: Part) -> None:
         tool_calls=_joined(last.tool_calls, part.tool_calls),
         end=part.end,
     )
+
+
+def _kind(part: Part) -> tuple[bool, bool, bool]:
+    return bool(part.content), bool(part.reasoning), part.is_break
 
 
 def _joined(calls: tuple[ToolCallDelta, ...], following: tuple[ToolCallDelta, ...]) -> tuple[ToolCallDelta, ...]:

@@ -15,6 +15,8 @@ from localmoe.text.answer_parser import Part, add_part
 from localmoe.text.stop_strings import possible_start
 
 T = TypeVar("T")
+
+_BREAK = "\n\n"
 Steps = Generator[None, None, T]
 """A part of a parser. It yields where it waits for text."""
 Emit = Callable[[str], None]
@@ -247,14 +249,18 @@ class Parts:
 
     def content(self, text: str) -> None:
         """More of the content."""
+        is_paragraph = self._content.is_new_paragraph
         if shown := self._content.add(text):
             end = self._source.position - self._content.num_held
+            if is_paragraph:
+                add_part(self._ready, Part(content=_BREAK, end=end - len(shown), is_break=True))
             add_part(self._ready, Part(content=shown, end=end))
 
     def reasoning(self, text: str) -> None:
         """More of the reasoning."""
+        before = _BREAK if self._reasoning.is_new_paragraph else ""
         if shown := self._reasoning.add(text):
-            add_part(self._ready, Part(reasoning=shown, end=self._source.position))
+            add_part(self._ready, Part(reasoning=before + shown, end=self._source.position))
 
     def call(self, name: str) -> None:
         """A tool call begins."""
@@ -293,6 +299,11 @@ class _Section:
         self._has_begun = False
 
     @property
+    def is_new_paragraph(self) -> bool:
+        """Whether what comes next is apart from what was before it."""
+        return self._is_cut and self._has_begun
+
+    @property
     def num_held(self) -> int:
         """Characters that are held back, of the text that was added last where some of that was not."""
         return len(self._space)
@@ -311,7 +322,7 @@ class _Section:
         return ready
 
     def cut(self) -> None:
-        self._space = "\n\n" if self._has_begun else ""
+        self._space = ""
         self._is_cut = True
 
     def rest(self) -> str:

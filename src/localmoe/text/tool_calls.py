@@ -28,7 +28,9 @@ _PYTHON_VALUES = {"True": "true", "False": "false", "None": "null"}
 _QUOTE = re.compile('"')
 _IN_STRING = re.compile(r'["\\\x00-\x1f]')
 _PAIR = r"\\u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}"
-_ESCAPE = re.compile(_PAIR + r"|(?P<half>\\u[dD][89a-fA-F][\da-fA-F]{2})|\\[\s\S]")
+_ESCAPE = re.compile(
+    _PAIR + r"|(?P<half>\\u[dD][89a-fA-F][\da-fA-F]{2})" + r"""|\\(?:["\\/bfnrt]|u[\da-fA-F]{4})"""
+)
 _UNFINISHED_ESCAPE = re.compile(
     r"\\(?:u[\da-fA-F]{0,3}|u[dD][89abAB][\da-fA-F]{2}(?:\\(?:u(?:[dD](?:[c-fC-F][\da-fA-F]?)?)?)?)?)?"
 )
@@ -216,8 +218,12 @@ def _tagged_call(source: Source, parts: Parts, tools: Tools, *, is_inside: bool)
         before = ", "
         if not (yield from _copy_value(source, parts.arguments, _types(schemas.get(key)))):
             return  # it broke off, and so do the arguments
-    # Some models leave the inner end out.
-    if (yield from _accept_spaced(source, _FUNCTION_END)) or (yield from source.accept(TOOL_CALL_END)):
+    # Some models leave the inner end out, or both; only where nothing follows it may have broken off.
+    if (
+        (yield from _accept_spaced(source, _FUNCTION_END))
+        or (yield from source.accept(TOOL_CALL_END))
+        or (yield from source.peek())
+    ):
         parts.arguments("{}" if before == "{" else "}")
 
 
@@ -308,8 +314,8 @@ def _copy_arguments(source: Source, emit: Emit) -> Steps[None]:
 
 
 class _Mended:
-    """JSON as it comes, its strings as clients can read them: models write code as it is, with its line breaks, and
-    halves of the pairs of escapes that one character takes."""
+    """JSON as it comes, its strings as clients can read them: models write code as it is, with its line breaks and
+    backslashes, and halves of the pairs of escapes that one character takes."""
 
     def __init__(self) -> None:
         self._in_string = False
@@ -333,9 +339,11 @@ class _Mended:
                 self._held, at = text[start:], len(text)
             else:
                 escape = _ESCAPE.match(text, start)
-                assert escape is not None, "it has a character after the backslash, or it would not be finished"
-                pieces.append("\\ufffd" if escape["half"] else escape[0])
-                at = escape.end()
+                if escape is None:
+                    pieces.append("\\\\")  # it was meant as it is, as in a regular expression or a path
+                else:
+                    pieces.append("\\ufffd" if escape["half"] else escape[0])
+                    at = escape.end()
         return "".join(pieces) + text[at:]
 
 

@@ -62,11 +62,25 @@ def test_an_input_that_was_cut_off_is_what_there_is_of_it(arguments: str, shown:
     assert message["stop_reason"] == "max_tokens"
 
 
-@pytest.mark.parametrize("arguments", ["{'city': 'Ulm'}", '{"city": "Ul', "[1]"])
+@pytest.mark.parametrize("arguments", ["{'city': 'Ulm'}", '{"city": "Ul', "[1]", '{"days": NaN}'])
 def test_a_finished_call_with_arguments_that_nobody_can_read_is_no_call_without_any(arguments: str) -> None:
     call = ToolCallDelta(index=0, id="call_1", name="weather", arguments=arguments)
     with pytest.raises(EngineFaultError, match="'weather' with arguments that are no JSON object"):
         whole(delta(calls=(call,)), delta(finish=FinishReason.TOOL_CALLS))
+    stream = MessageAnswer("tiny", shows_thinking=True, shows_thoughts=True)
+    stream.events(delta(calls=(call,)))
+    stream.events(delta(finish=FinishReason.TOOL_CALLS))
+    with pytest.raises(EngineFaultError, match="'weather' with arguments that are no JSON object"):
+        stream.end()
+
+
+def test_only_the_last_call_can_have_been_cut_off() -> None:
+    calls = [
+        ToolCallDelta(index=index, id=f"call_{index}", name=f"tool_{index}", arguments='{"city": "Ul')
+        for index in range(2)
+    ]
+    with pytest.raises(EngineFaultError, match="'tool_0'"):
+        whole(*(delta(calls=(call,)) for call in calls), delta(finish=FinishReason.LENGTH))
 
 
 def test_no_arguments_at_all_are_an_empty_object() -> None:

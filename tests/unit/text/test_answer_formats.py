@@ -172,6 +172,8 @@ SAMPLES: list[tuple[str, str, str, str, list[tuple[str, str]]]] = [
         [("get_weather", '{"tags": ["\\ufffd"]}')],
     ),
     ("qwen3_coder", "<function=now>\n<parameter=x>\nab\n", "", "", [("now", '{"x": "ab')]),
+    ("qwen3_coder", "<function=now><parameter=x>ab</parameter>\nfoo", "foo", "", [("now", '{"x": "ab"}')]),
+    ("qwen3_coder", "<function=now><parameter=x>ab</parameter>\n", "", "", [("now", '{"x": "ab"')]),
     ("qwen3_coder", hermes_call('{"name": "now", "arguments": {}}'), "", "", [("now", "{}")]),
     ("qwen3_coder", "<function=a b>", "<function=a b>", "", []),
     (
@@ -459,6 +461,26 @@ def test_arguments_are_json_that_everybody_reads(name: str, written: str, step: 
     meant = json.loads(f'"{written}"', strict=False)
     read = from_json(arguments)["a"]
     assert read == meant.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 100])
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (r"\d+\.\w", r"\d+\.\w"),
+        (r"it\'s", r"it\'s"),
+        (r"C:\Users\x", r"C:\Users\x"),
+        (r"\u12", r"\u12"),
+        ("\\\n", "\\\n"),
+        (r"\/\b\f\u0041", "/\b\fA"),
+    ],
+)
+def test_backslashes_that_escape_nothing_are_meant_as_they_are(written: str, meant: str, step: int) -> None:
+    text = FORMATS["hermes"].syntax.write([("now", f'{{"a": "{written}"}}')])
+    answer = parse(parser_of(FORMATS["hermes"]), [text[at : at + step] for at in range(0, len(text), step)])
+    assert answer.calls is not None
+    ((_, arguments),) = answer.calls
+    assert json.loads(arguments) == {"a": meant}
 
 
 @pytest.mark.parametrize(

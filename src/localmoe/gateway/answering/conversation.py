@@ -295,10 +295,10 @@ def _source_parameters(conversation: Conversation) -> Iterator[tuple[str, Any]]:
         )
         if not conversation.parallel_tool_calls:
             yield "parallel_tool_calls", False
-    if conversation.effort is not None:
-        yield "reasoning_effort", conversation.effort
-    elif conversation.forbids_thinking:
+    if conversation.forbids_thinking:
         yield "reasoning_effort", "none"
+    elif conversation.effort is not None:
+        yield "reasoning_effort", conversation.effort
 
 
 def check_tool_names(tools: Sequence[Mapping[str, Any]], forced: str | None, *, choice_field: str) -> None:

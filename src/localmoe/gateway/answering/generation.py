@@ -6,6 +6,7 @@ any reason (a stop string, an error, a client that left) closes every engine str
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass, field
@@ -25,6 +26,10 @@ from localmoe.text.tokenizer import Tokenizer
 
 _MAX_WAITING_DELTAS = 256
 """Of all choices of a request; a client that takes them slowly slows its engines down."""
+
+
+_MAX_GAPS = 1024
+"""That are noted of one chunk: engines elsewhere may say that it has any number of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +109,7 @@ class AnswerAssembler:
         """Characters of the answer up to the end of the content that there was."""
         self._parts: list[Part] = []
         """To be sent."""
-        self._waiting: list[ScoredToken] = []
+        self._waiting: deque[ScoredToken] = deque()
         self._has_text = tokenizer is None
         """Whether the answer comes as text."""
         self._has_calls = False
@@ -206,6 +211,10 @@ class AnswerAssembler:
                 self._has_calls |= bool(part.tool_calls)
                 add_part(self._parts, part)
                 continue
+            if part.is_break:
+                self._take_held()
+                add_part(self._parts, Part(content=part.content, end=part.end))
+                continue
             self._content_end = part.end
             text = self._stops.push(part.content)
             if text:
@@ -222,10 +231,10 @@ class AnswerAssembler:
         """Scored tokens whose text was sent, which is as far as `end`; when the answer ends all of them, but those
         that a stop string cut off."""
         if finish is not None and self._stops.matched is None:
-            ready, self._waiting = self._waiting, []
-            return ready
-        ready = [token for token in self._waiting if token.text_offset < end]
-        self._waiting = self._waiting[len(ready) :]
+            end = self._num_chars + 1
+        ready = []
+        while self._waiting and self._waiting[0].text_offset < end:
+            ready.append(self._waiting.popleft())
         return ready
 
 
@@ -248,7 +257,7 @@ class _Meter:
         if num_tokens == 1:
             self.gaps_s.append(now_s - self.last_s)
         elif num_tokens:
-            self.gaps_s += [(now_s - self.last_s) / num_tokens] * num_tokens
+            self.gaps_s += [(now_s - self.last_s) / num_tokens] * min(num_tokens, _MAX_GAPS)
         self.last_s = now_s
 
 

@@ -63,8 +63,9 @@ class MessageAnswer:
         return b"".join(map(encode_tagged, events))
 
     def end(self) -> bytes:
-        """See `Answer.end`."""
+        """See `Answer.end`. Raises as `whole`."""
         assert self._last is not None
+        self._check_calls(self._last)
         stop = StopDelta(stop_reason=self._stop_reason(self._last), stop_sequence=self._last.stop_string)
         return encode_tagged(MessageDelta(delta=stop, usage=_usage(self._last))) + encode_tagged(MessageStop())
 
@@ -81,13 +82,19 @@ class MessageAnswer:
                 say something else.
         """
         assert self._last is not None
-        if self._last.finish_reason != FinishReason.LENGTH and self._blocks.unreadable_call is not None:
-            raise EngineFaultError(
-                f"the model called {self._blocks.unreadable_call!r} with arguments that are no JSON object"
-            )
+        self._check_calls(self._last)
         message = self._message(self._blocks.whole, _usage(self._last))
         message.stop_reason, message.stop_sequence = self._stop_reason(self._last), self._last.stop_string
         return msgspec.json.encode(message)
+
+    def _check_calls(self, last: ChoiceDelta) -> None:
+        unreadable = self._blocks.unreadable
+        if last.finish_reason == FinishReason.LENGTH:
+            unreadable = [index for index in unreadable if index < len(self._blocks.whole) - 1]
+        if unreadable:
+            block = self._blocks.whole[unreadable[0]]
+            assert isinstance(block, ToolUseBlock)
+            raise EngineFaultError(f"the model called {block.name!r} with arguments that are no JSON object")
 
     def _message(self, content: list[ContentBlock], usage: MessageUsage) -> Message:
         return Message(
@@ -118,8 +125,8 @@ class _Blocks:
         self.whole: list[ContentBlock] = []
         """Those that are complete."""
         self.has_tool_use = False
-        self.unreadable_call: str | None = None
-        """The tool of a call whose arguments are no JSON object, or not all of one."""
+        self.unreadable: list[int] = []
+        """Places of calls whose arguments are no JSON object, or not all of one."""
 
     def push(self, delta: ChoiceDelta) -> list[MessageStreamEvent]:
         """Take in a delta."""
@@ -170,7 +177,7 @@ class _Blocks:
             case SegmentKind.TOOL_CALL:
                 tool_input = _object(step.text, is_cut=False)
                 if tool_input is None:
-                    self.unreadable_call = self._call.name
+                    self.unreadable.append(len(self.whole))
                     # Of what was cut off by `max_tokens`, as much as there is: that is what clients make of a stream.
                     tool_input = _object(step.text, is_cut=True) or {}
                 return ToolUseBlock(id=self._call.call_id, name=self._call.name, input=tool_input)
@@ -179,7 +186,7 @@ class _Blocks:
 def _object(arguments: str, *, is_cut: bool) -> dict[str, Any] | None:
     """Of this JSON text; None where it is of no object. Some engines elsewhere write an empty one as nothing."""
     try:
-        value = from_json(arguments or "{}", allow_partial=is_cut)
+        value = from_json(arguments or "{}", allow_inf_nan=False, allow_partial=is_cut)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None

@@ -90,6 +90,8 @@ class ResponseAnswer:
     def failure(self, error: ApiError) -> bytes:
         """The last event of a stream that breaks off, after those of its beginning, without which official clients
         understand none."""
+        if not self._num_events:
+            self.response.store = False  # what never began is not kept
         beginning = self._beginning()
         set_failed(self.response, error)
         return beginning + self._encode([ResponseFailed(sequence_number=0, response=self.response)])
