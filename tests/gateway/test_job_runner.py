@@ -223,8 +223,8 @@ async def test_a_file_that_is_deleted_while_it_is_read_is_gone(
     files = gateway.state.jobs.runner._files
     check = files._check
 
-    def check_and_delete(path: Path, endpoint: str) -> Any:
-        found = check(path, endpoint)
+    def check_and_delete(path: Path, *bounds: Any) -> Any:
+        found = check(path, *bounds)
         path.unlink()
         return found
 

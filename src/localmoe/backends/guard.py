@@ -20,8 +20,9 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-_AWAITED = (signal.SIGTERM, signal.SIGCHLD, signal.SIGIO)
-"""To be passed on; a process has ended; the lifeline has."""
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_AWAITED = (*_PASSED_ON, signal.SIGCHLD, signal.SIGIO)
+"""The last two: a process has ended; the lifeline has."""
 
 
 def main() -> int:
@@ -31,6 +32,7 @@ def main() -> int:
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     # Waited for instead of handled: handlers of Python's are interrupted by one another, a thousand deep if need be.
     signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever started us may have ignored it
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
     guard, child = os.getpid(), os.fork()
@@ -50,15 +52,15 @@ def main() -> int:
         if status is not None:
             _kill_descendants()
             return status
-        if signal.sigwait(_AWAITED) == signal.SIGTERM:
-            _pass_on(child)
+        if (number := signal.sigwait(_AWAITED)) in _PASSED_ON:
+            _pass_on(child, number)
     _kill_descendants()
     return 128 + signal.SIGKILL
 
 
-def _pass_on(child: int) -> None:
+def _pass_on(child: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):  # it has just ended
-        os.kill(child, signal.SIGTERM)
+        os.kill(child, number)
 
 
 def _reap(child: int) -> int | None:

@@ -210,6 +210,8 @@ class VllmClient:
                     stream.put_nowait(chunk)
         except LocalMoEError as error:
             stream.put_nowait(error)
+        except aiohttp.ClientConnectorError as error:  # it never had the request
+            stream.put_nowait(BackendUnavailableError(f"vLLM cannot be reached: {_said(error)}"))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             stream.put_nowait(EngineDiedError(f"vLLM cannot be reached: {_said(error)}"))
         except Exception as error:  # a line that is too long, an answer of a form that nobody foresaw

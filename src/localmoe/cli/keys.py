@@ -133,7 +133,7 @@ def rotate(
         now_s = time.time()
         if old.is_valid(now_s):
             key, record = rotated(old, now_s=now_s)
-            if await store.replace(old.id, record, now_s=now_s, until_s=now_s + grace_hours * _HOUR_S):
+            if await store.replace(old, record, until_s=now_s + grace_hours * _HOUR_S):
                 return key, record
         raise ConfigError(f"expired or revoked already is {wanted!r}; see `localmoe keys list`")
 

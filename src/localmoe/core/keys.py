@@ -56,9 +56,9 @@ class KeyStore(Protocol):
         """
         ...
 
-    async def replace(self, old_id: str, record: KeyRecord, *, now_s: float, until_s: float) -> bool:
-        """Keep a new key in another's place, which opens nothing from `until_s` on. False: that one is not valid now,
-        and nothing is changed.
+    async def replace(self, old: KeyRecord, record: KeyRecord, *, until_s: float) -> bool:
+        """Keep a new key in another's place, which opens nothing from `until_s` on. False: the other has been revoked
+        since it was read, and nothing is changed.
 
         Raises:
             ConflictError: there is one of this id or digest.

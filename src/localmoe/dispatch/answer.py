@@ -64,12 +64,12 @@ class Answer:
     def verdict(self, failure: LocalMoEError) -> LocalMoEError:
         """What the answer's last failure is to whoever asked: where it may have killed an engine, that the others
         were not to be had does not mean that it could be tried again without harm."""
-        is_absence = isinstance(failure, BackendUnavailableError) and not isinstance(
-            failure, DeadlineExceededError
-        )
-        if not self.has_seen_death or not is_absence or isinstance(failure, EngineDiedError):
+        if not self.has_seen_death or not isinstance(failure, BackendUnavailableError):
             return failure
-        return EngineDiedError(f"an engine ended during this request, and then: {failure}")
+        if isinstance(failure, DeadlineExceededError | EngineDiedError):
+            return failure
+        message = f"an engine ended during this request, and then: {failure}"
+        return EngineDiedError(message, retry_after_s=failure.retry_after_s)
 
     def take(self, chunk: TokenChunk, engine: str, now_s: float) -> TokenChunk:
         """Take note of a chunk; returns it as the client is to see it."""

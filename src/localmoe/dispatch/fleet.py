@@ -163,15 +163,17 @@ class Fleet(Generic[ServedT]):
             async with self._built(spec) as new:
                 try:
                     self._check_memory(new)
+                    go_away = self._retire
                 except InsufficientMemoryError:
                     self._check_memory(new, without=old)
-                    await self._replace(old, new, names)
-                    return
-                await new.dispatcher.start()
-            self._hand_over(old, new, names)
-            await self._retire(old)
+                    await self._replace(old, new)
+                    go_away = _release
+                else:
+                    await new.dispatcher.start()
+                self._hand_over(old, new, names)
+            await go_away(old)
 
-    async def _replace(self, old: Deployment[ServedT], new: Deployment[ServedT], names: Sequence[str]) -> None:
+    async def _replace(self, old: Deployment[ServedT], new: Deployment[ServedT]) -> None:
         """Stop the one, then start the other. Until it is ready, requests are told to come again."""
         logger.warning("memory does not hold %s beside %s, which is stopped first", new.spec.model, old.spec.model)
         before = self._names(old)
@@ -186,8 +188,6 @@ class Fleet(Generic[ServedT]):
             self._hand_over(old, again, before)
             await _release(old)
             raise
-        self._hand_over(old, new, names)
-        await _release(old)
 
     @contextlib.asynccontextmanager
     async def _built(self, spec: ModelSpec) -> AsyncIterator[Deployment[ServedT]]:

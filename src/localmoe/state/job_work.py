@@ -134,6 +134,12 @@ class SqlJobWork:
     async def put_back(self, item: LeasedItem, *, runner: str, delay_s: float, because: Setback) -> None:
         """See `JobWork.put_back`."""
         held = _held(item, runner)
+        num_not_served, not_served_by = job_items.c.num_not_served, job_items.c.not_served_by
+        if because is Setback.NOT_SERVED:
+            served = {"num_not_served": num_not_served + 1, "not_served_by": runner}
+        else:  # who has asked serves it, and others need not look again
+            others = case((not_served_by == runner, None), else_=not_served_by)
+            served = {"num_not_served": 0, "not_served_by": others}
         async with self._database.write() as connection:
             if because is Setback.INTERRUPTED:
                 await self._give_up(connection, held, uncounted=0)
@@ -144,8 +150,7 @@ class SqlJobWork:
                     state=ItemState.QUEUED,
                     turn=await current_turn(connection, self._database),  # or it would hold the turn up
                     num_refusals=job_items.c.num_refusals + int(because is not Setback.INTERRUPTED),
-                    num_not_served=job_items.c.num_not_served + int(because is Setback.NOT_SERVED),
-                    not_served_by=runner if because is Setback.NOT_SERVED else None,
+                    **served,
                     due_at=self._database.now + delay_s,
                     lease_owner=None,
                     lease_until=None,

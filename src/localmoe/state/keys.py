@@ -27,12 +27,11 @@ class SqlKeyStore:
         async with self._database.write() as connection:
             await self._insert(connection, record)
 
-    async def replace(self, old_id: str, record: KeyRecord, *, now_s: float, until_s: float) -> bool:
+    async def replace(self, old: KeyRecord, record: KeyRecord, *, until_s: float) -> bool:
         """See `KeyStore.replace`."""
-        ends = (api_keys.c.expires_s, api_keys.c.revoked_s)
-        valid = [or_(end.is_(None), end > now_s) for end in ends]
+        as_it_was = api_keys.c.revoked_s.is_not_distinct_from(old.revoked_s)
         async with self._database.write() as connection:
-            ended = await connection.execute(_revocation(old_id, until_s).where(*valid))
+            ended = await connection.execute(_revocation(old.id, until_s).where(as_it_was))
             if ended.rowcount != 1:
                 return False
             await self._insert(connection, record)

@@ -64,3 +64,35 @@ async def test_being_told_to_stop_again_and_again_leaves_nobody_behind(tmp_path:
     await process.stop()
     for pid in pids.read_text().split():
         check_gone(int(pid))
+
+
+async def test_children_that_end_are_noticed_though_nobody_wanted_to_know() -> None:
+    """Whether a signal is ignored is inherited."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        process = await GuardedProcess.start([sys.executable, "-S", "-c", "raise SystemExit(3)"], name="short")
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    async with asyncio.timeout(30):
+        assert await process.wait() == "exit status 3"
+    await process.stop()
+
+
+async def test_an_interrupted_guard_still_guards(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    code = (
+        "import os, signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "sleep = [sys.executable, '-S', '-c', 'import time; time.sleep(60)']\n"
+        "child = subprocess.Popen(sleep, start_new_session=True)\n"
+        "open(sys.argv[1], 'w').write(f'{os.getpid()} {child.pid}\\n')\n"
+        "time.sleep(60)\n"
+    )
+    process = await GuardedProcess.start([sys.executable, "-S", "-c", code, str(pids)], name="two")
+    async with asyncio.timeout(30):
+        while not pids.exists() or not pids.read_text().endswith("\n"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    await process.stop()
+    for pid in pids.read_text().split():
+        check_gone(int(pid))

@@ -1,6 +1,7 @@
 """Models that come, go and take each other's places while requests are answered."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
@@ -195,6 +196,22 @@ async def test_a_model_that_is_going_when_the_server_ends_ends_with_it() -> None
     going.cancel()
     await asyncio.gather(going, return_exceptions=True)
     assert machine.engines[0].is_stopped
+
+
+async def test_a_model_that_serves_is_not_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asked for it may leave while the one before it is let go of."""
+    machine = FakeMachine(memory_bytes=6)
+    holds = threading.Event()
+    async with serving(machine, "a") as fleet:
+        monkeypatch.setattr(machine, "release", lambda model: (machine.released.append(model), holds.wait(10)))
+        switching = asyncio.create_task(fleet.switch("a", ModelSpec(model="b")))
+        while machine.released != ["a"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        switching.cancel()
+        holds.set()
+        await asyncio.gather(switching, return_exceptions=True)
+        assert machine.released == ["a"]
+        assert dict(fleet.models) == {"a": "b", "b": "b"}
 
 
 async def test_and_comes_back_if_the_new_one_is_broken() -> None:

@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import insert, select, text
@@ -17,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 from localmoe.core.errors import StorageError, StorageFullError
 from localmoe.state.config import StateConfig
 from localmoe.state.database import Database
-from localmoe.state.schema import files, metadata
+from localmoe.state.schema import files, job_items, jobs, metadata
 
 
 def _file(number: int) -> dict[str, object]:
@@ -43,6 +44,29 @@ async def test_migrations_make_the_tables(database: Database) -> None:
             lambda sync: compare_metadata(MigrationContext.configure(sync), metadata)
         )
     assert differences == []
+
+
+async def test_what_is_kept_of_results_is_known_of_older_ones(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before 0002 the size of a job was its request's."""
+    job = {"owner_id": "me", "owner": b"{}", "endpoint": "/", "created_at": 0.0, "expires_at": 0.0}
+    numbers = {"num_bytes": 7, "num_items": 1, "num_succeeded": 1, "num_failed": 0}
+    item = {"position": 0, "state": "succeeded", "flow": "", "turn": 0, "due_at": 0.0, "body": b""}
+    to_the_end = command.upgrade
+    with monkeypatch.context() as patches:
+        patches.setattr(command, "upgrade", lambda config, _: to_the_end(config, "0001"))
+        async with database.write() as connection:
+            for kind, ended_at in (("inference", 1.0), ("inference", None), ("batch", 1.0)):
+                values = {**job, **numbers, "id": f"{kind} {ended_at}", "kind": kind, "ended_at": ended_at}
+                await connection.execute(insert(jobs).values(**values, state="completed"))
+                result = {**item, "job_id": values["id"], "num_starts": 1, "num_refusals": 0, "result": b"x" * 100}
+                await connection.execute(insert(job_items).values(result))
+    database._is_open = False
+    async with database.read() as connection:
+        found = await connection.execute(select(jobs.c.id, jobs.c.num_bytes))
+        sizes = {row.id: row.num_bytes for row in found}
+    assert sizes == {"inference 1.0": 100, "inference None": 7, "batch 1.0": 7}
 
 
 async def test_several_processes_open_one_database_at_once(database: Database, tmp_path: Path) -> None:

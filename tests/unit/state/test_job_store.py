@@ -342,6 +342,22 @@ async def test_what_a_runner_does_not_serve_is_left_to_others(store: SqlJobStore
     assert (item.num_refusals, item.num_not_served, item.others_run) == (3, 3, False)
 
 
+async def test_who_has_no_room_serves_the_model_all_the_same(store: SqlJobStore, work: SqlJobWork) -> None:
+    """However often the two find an item in turn, it is not one that nobody serves."""
+    await store.add(*single("job_1"), max_open=10, max_open_bytes=1000)
+    (item,) = await work.lease_items("b", limit=1, lease_s=30)
+    for _ in range(3):
+        await work.put_back(item, runner="b", delay_s=-1, because=Setback.NOT_SERVED)
+        (item,) = await work.lease_items("a", limit=1, lease_s=30)
+        assert item.num_not_served == 1
+        await work.put_back(item, runner="a", delay_s=-1, because=Setback.REFUSED)
+        assert await work.lease_items("b", limit=1, lease_s=30) == [], "it is left to others as before"
+        (item,) = await work.lease_items("a", limit=1, lease_s=30)
+        assert item.num_not_served == 0
+        await work.put_back(item, runner="a", delay_s=-60, because=Setback.REFUSED)
+        (item,) = await work.lease_items("b", limit=1, lease_s=30)
+
+
 async def test_whoever_has_lost_an_item_does_not_give_it_up(store: SqlJobStore, work: SqlJobWork) -> None:
     await store.add(*single("job_1"), max_open=10, max_open_bytes=1000)
     for _ in range(4):

@@ -65,18 +65,23 @@ async def test_keys_are_revoked_at_the_earliest_time_said(database: Database) ->
     assert not await store.revoke("lm-9", at_s=1.0)
 
 
-async def test_a_key_that_is_not_valid_any_more_is_not_replaced(database: Database) -> None:
+async def test_a_key_that_was_revoked_since_it_was_read_is_not_replaced(database: Database) -> None:
+    """Whatever the clocks say of when that was."""
     store = SqlKeyStore(database)
     await store.add(record(1))
-    assert await store.replace("lm-1", record(2), now_s=5.0, until_s=9.0)
-    assert await store.replace("lm-1", record(3), now_s=8.0, until_s=20.0)
+    (first,) = await store.all()
+    assert await store.replace(first, record(2), until_s=9.0)
+    assert not await store.replace(first, record(4), until_s=20.0)
+    first, second = await store.all()
+    assert await store.replace(first, record(3), until_s=20.0)
     assert [one.revoked_s for one in await store.all()] == [9.0, None, None]
-    await store.revoke("lm-2", at_s=4.0)
-    for old_id in ("lm-1", "lm-2", "lm-9"):
-        assert not await store.replace(old_id, record(4), now_s=10.0, until_s=10.0)
+    await store.revoke("lm-2", at_s=1000.0)
+    assert not await store.replace(second, record(4), until_s=10.0)
+    assert not await store.replace(record(9), record(4), until_s=10.0)
     with pytest.raises(ConflictError):
-        await store.replace("lm-3", record(1), now_s=10.0, until_s=10.0)
-    assert [(one.id, one.revoked_s) for one in await store.all()] == [("lm-1", 9.0), ("lm-2", 4.0), ("lm-3", None)]
+        await store.replace(record(3), record(1), until_s=10.0)
+    now = [(one.id, one.revoked_s) for one in await store.all()]
+    assert now == [("lm-1", 9.0), ("lm-2", 1000.0), ("lm-3", None)]
 
 
 async def test_uses_are_recorded_and_never_taken_back(database: Database) -> None:

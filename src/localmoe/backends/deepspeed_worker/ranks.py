@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import IO
@@ -157,7 +158,8 @@ class Scratch:
     def remove(self) -> None:
         """Give the disk back."""
         if self.path is not None:
-            _remove(Path(self.path))
+            with suppress(OSError):  # what is left is removed by the next one
+                _remove(Path(self.path))
             self._lock.close()
 
 

@@ -95,11 +95,12 @@ class BatchFiles:
             await self._work.reject(job.id, [_GONE], runner=runner)
 
     async def _take_over(self, job: Job, path: Path, runner: str) -> None:
-        errors, num_lines = await asyncio.to_thread(self._check, path, job.endpoint)
+        max_bytes = self._max_line_bytes()  # which may change meanwhile
+        errors, num_lines = await asyncio.to_thread(self._check, path, job.endpoint, max_bytes)
         if errors:
             await self._work.reject(job.id, errors, runner=runner)
             return
-        pages = self._pages(path)
+        pages = _pages(path, max_bytes)
         while page := await asyncio.to_thread(next, pages, None):
             if not await self._work.add_items(job.id, page, runner=runner):
                 return  # it was cancelled
@@ -148,16 +149,16 @@ class BatchFiles:
             expires_at=now_s + (job.output_lifetime_s or self._config.keep_ended_s),
         )
 
-    def _check(self, path: Path, endpoint: str) -> tuple[list[LineError], int]:
+    def _check(self, path: Path, endpoint: str, max_bytes: int) -> tuple[list[LineError], int]:
         """What is wrong with a file, and how many requests it has."""
         errors: list[LineError] = []
         seen: set[str] = set()
         num_lines = 0
-        for number, line in self._lines(path):
+        for number, line in _lines(path, max_bytes):
             num_lines += 1
             if num_lines > self._config.max_batch_requests or len(errors) >= _MAX_ERRORS:
                 break
-            problem = self._problem(line, endpoint, seen)
+            problem = _problem(line, endpoint, seen, max_bytes)
             if problem is not None:
                 code, message, param = problem
                 errors.append(LineError(code=code, message=message, line=number, param=param))
@@ -170,60 +171,63 @@ class BatchFiles:
             errors = [LineError(code="empty_file", message="the file has no requests; each is a line of JSON")]
         return errors, num_lines
 
-    def _problem(self, line: bytes, endpoint: str, seen: set[str]) -> tuple[str, str, str | None] | None:
-        """Code, message and field."""
-        if len(line) > (max_bytes := self._max_line_bytes()):
-            return "line_too_long", f"the line is longer than {max_bytes} bytes", None
-        try:
-            request = msgspec.json.decode(line, type=_Line)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            return "invalid_json_line", f"the line is no request: {error}", None
-        if not request.custom_id.isprintable():  # not every database takes any character
-            return "invalid_custom_id", "custom_id has characters that cannot be printed", "custom_id"
-        if request.custom_id in seen:
-            return "duplicate_custom_id", "another line has the same custom_id", "custom_id"
-        seen.add(request.custom_id)
-        if request.method != "POST":
-            return "invalid_method", f"method is {request.method[:20]!r}; it must be 'POST'", "method"
-        if request.url != endpoint:
-            return "url_mismatch", f"url is {request.url[:200]!r}; the batch's endpoint is {endpoint!r}", "url"
-        try:
-            body = msgspec.json.decode(request.body, type=_Body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            return "invalid_request", f"body is no request: {error}", "body"
-        if body.stream:
-            return "invalid_request", "body.stream is true; answers of a batch come whole", "body.stream"
-        return None
 
-    def _lines(self, path: Path) -> Iterator[tuple[int, bytes]]:
-        """Lines with their numbers from 1, but for blank ones, as long as those are not too many; of one that is too
-        long, the beginning."""
-        size = self._max_line_bytes() + 2
-        with open(path, "rb") as file:
-            number = 0
-            num_blank = 0
-            while line := file.readline(size):
-                number += 1
-                rest = line
-                while len(rest) == size and not rest.endswith(b"\n"):
-                    rest = file.readline(size)
-                stripped = line.strip().removeprefix(b"\xef\xbb\xbf")
-                num_blank += not stripped
-                if stripped or num_blank > _MAX_BLANK_LINES:
-                    yield number, stripped
-
-    def _pages(self, path: Path) -> Iterator[list[NewItem]]:
-        page: list[NewItem] = []
-        num_bytes = 0
-        for position, (_, line) in enumerate(self._lines(path)):
-            request = msgspec.json.decode(line, type=_Line)
-            page.append(NewItem(position=position, custom_id=request.custom_id, body=bytes(request.body)))
-            num_bytes += len(line)
-            if len(page) >= _PAGE_LINES or num_bytes >= _PAGE_BYTES:
-                yield page
-                page, num_bytes = [], 0
-        if page:
+def _pages(path: Path, max_bytes: int) -> Iterator[list[NewItem]]:
+    page: list[NewItem] = []
+    num_bytes = 0
+    for position, (_, line) in enumerate(_lines(path, max_bytes)):
+        request = msgspec.json.decode(line, type=_Line)
+        page.append(NewItem(position=position, custom_id=request.custom_id, body=bytes(request.body)))
+        num_bytes += len(line)
+        if len(page) >= _PAGE_LINES or num_bytes >= _PAGE_BYTES:
             yield page
+            page, num_bytes = [], 0
+    if page:
+        yield page
+
+
+def _problem(line: bytes, endpoint: str, seen: set[str], max_bytes: int) -> tuple[str, str, str | None] | None:
+    """Code, message and field."""
+    if len(line) > max_bytes:
+        return "line_too_long", f"the line is longer than {max_bytes} bytes", None
+    try:
+        request = msgspec.json.decode(line, type=_Line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        return "invalid_json_line", f"the line is no request: {error}", None
+    if not request.custom_id.isprintable():  # not every database takes any character
+        return "invalid_custom_id", "custom_id has characters that cannot be printed", "custom_id"
+    if request.custom_id in seen:
+        return "duplicate_custom_id", "another line has the same custom_id", "custom_id"
+    seen.add(request.custom_id)
+    if request.method != "POST":
+        return "invalid_method", f"method is {request.method[:20]!r}; it must be 'POST'", "method"
+    if request.url != endpoint:
+        return "url_mismatch", f"url is {request.url[:200]!r}; the batch's endpoint is {endpoint!r}", "url"
+    try:
+        body = msgspec.json.decode(request.body, type=_Body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        return "invalid_request", f"body is no request: {error}", "body"
+    if body.stream:
+        return "invalid_request", "body.stream is true; answers of a batch come whole", "body.stream"
+    return None
+
+
+def _lines(path: Path, max_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers from 1, but for blank ones, as long as those are not too many; of one that is too
+    long, the beginning."""
+    size = max_bytes + 2
+    with open(path, "rb") as file:
+        number = 0
+        num_blank = 0
+        while line := file.readline(size):
+            number += 1
+            rest = line
+            while len(rest) == size and not rest.endswith(b"\n"):
+                rest = file.readline(size)
+            stripped = line.strip().removeprefix(b"\xef\xbb\xbf")
+            num_blank += not stripped
+            if stripped or num_blank > _MAX_BLANK_LINES:
+                yield number, stripped
 
 
 def _with_lines(job: Job, results: Sequence[ItemResult]) -> list[tuple[ItemResult, bytes]]:

@@ -96,7 +96,7 @@ class JobRunner:
         await asyncio.gather(self._leader, return_exceptions=True)
         tasks = [*self._batches.values(), *self._items.values()]
         for task in tasks:
-            task.cancel()
+            self._cancel(task)
         await asyncio.gather(*tasks, return_exceptions=True)
         try:
             await self._work.release(self._name, interrupted=False)

@@ -15,3 +15,7 @@ def upgrade() -> None:
     op.add_column("job_items", sa.Column("num_not_served", sa.Integer, nullable=False, server_default="0"))
     op.add_column("job_items", sa.Column("not_served_by", sa.String(128)))
     op.create_index("ix_jobs_kept", "jobs", ["kind", "owner_id", "ended_at", "num_bytes"])
+    op.execute(
+        "UPDATE jobs SET num_bytes = (SELECT coalesce(sum(length(result)), 0) FROM job_items WHERE job_id = jobs.id) "
+        "WHERE kind = 'inference' AND ended_at IS NOT NULL"
+    )
