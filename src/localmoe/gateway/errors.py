@@ -46,6 +46,12 @@ from localmoe.core.errors import (
 logger = logging.getLogger(__name__)
 
 _MAX_VALUE_CHARS = 80
+_ABSENCES = (
+    (OverloadedError, "overloaded"),
+    (DeadlineExceededError, "deadline_exceeded"),
+    (EngineDiedError, "engine_died"),
+)
+"""Codes of why no engine has answered."""
 
 
 class ErrorDetail(BaseModel):
@@ -148,13 +154,7 @@ def to_api_error(error: Exception) -> ApiError:
         case RequestTooLargeError():
             return ApiError(status=413, message=message, code="request_too_large")
         case BackendUnavailableError():
-            code = "engine_unavailable"
-            if isinstance(error, OverloadedError):
-                code = "overloaded"
-            elif isinstance(error, DeadlineExceededError):
-                code = "deadline_exceeded"
-            elif isinstance(error, EngineDiedError):
-                code = "engine_died"
+            code = next((code for kind, code in _ABSENCES if isinstance(error, kind)), "engine_unavailable")
             return ApiError(
                 status=503, message=message, type="server_error", code=code, retry_after_s=error.retry_after_s
             )

@@ -7,7 +7,20 @@ changes nothing. A job's row is locked before its items' rows, always in this or
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import BigInteger, ColumnElement, and_, case, delete, exists, func, or_, select, tuple_, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Select,
+    and_,
+    case,
+    delete,
+    exists,
+    func,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from localmoe.core.jobs import (
@@ -66,35 +79,8 @@ class SqlJobWork:
     async def lease_items(self, runner: str, *, limit: int, lease_s: float) -> list[LeasedItem]:
         """See `JobWork.lease_items`."""
         now = self._database.now
-        others = job_items.alias()
-        others_run = exists().where(
-            others.c.state == ItemState.RUNNING, others.c.lease_owner != runner, others.c.lease_until > now
-        )
-        # Whoever does not serve its model leaves it to others: those at work, or those that have time and look.
-        by_us_again = and_(~others_run, job_items.c.due_at <= now - _GRACE_S)
-        not_served_by = job_items.c.not_served_by
-        ready = and_(
-            job_items.c.state == ItemState.QUEUED,
-            job_items.c.due_at <= now,
-            or_(not_served_by.is_(None), not_served_by != runner, by_us_again),
-        )
-        statement = (
-            select(
-                job_items,
-                jobs.c.owner,
-                jobs.c.endpoint,
-                (jobs.c.expires_at - now).label("time_left_s"),
-                _may_ask(now).label("may_ask"),
-                others_run.label("others_run"),
-            )
-            .join(jobs, jobs.c.id == job_items.c.job_id)
-            .where(ready)
-            .order_by(job_items.c.turn)
-            .limit(limit)
-            .with_for_update(of=job_items, skip_locked=True)
-        )
         async with self._database.write() as connection:
-            rows = (await connection.execute(statement)).all()
+            rows = (await connection.execute(_next_items(runner, limit, now))).all()
             if not rows:
                 return []
             keys = [(row.job_id, row.position) for row in rows]
@@ -417,6 +403,37 @@ class SqlJobWork:
                 position=position, custom_id=None, state=ItemState.FAILED, status_code=500, body=_GIVEN_UP
             )
             await self._record(connection, job_id, key, given_up)
+
+
+def _next_items(runner: str, limit: int, now: ColumnElement[float]) -> Select[Any]:
+    """Items that a runner may take, those whose turn it is first; they are locked for it."""
+    others = job_items.alias()
+    others_run = exists().where(
+        others.c.state == ItemState.RUNNING, others.c.lease_owner != runner, others.c.lease_until > now
+    )
+    # Whoever does not serve its model leaves it to others: those at work, or those that have time and look.
+    by_us_again = and_(~others_run, job_items.c.due_at <= now - _GRACE_S)
+    not_served_by = job_items.c.not_served_by
+    ready = and_(
+        job_items.c.state == ItemState.QUEUED,
+        job_items.c.due_at <= now,
+        or_(not_served_by.is_(None), not_served_by != runner, by_us_again),
+    )
+    return (
+        select(
+            job_items,
+            jobs.c.owner,
+            jobs.c.endpoint,
+            (jobs.c.expires_at - now).label("time_left_s"),
+            _may_ask(now).label("may_ask"),
+            others_run.label("others_run"),
+        )
+        .join(jobs, jobs.c.id == job_items.c.job_id)
+        .where(ready)
+        .order_by(job_items.c.turn)
+        .limit(limit)
+        .with_for_update(of=job_items, skip_locked=True)
+    )
 
 
 def _held(item: LeasedItem, runner: str) -> ColumnElement[bool]:
