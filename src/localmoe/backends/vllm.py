@@ -124,7 +124,7 @@ class VllmConnection:
     async def generate(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
         """See `core.protocols.Generator.generate`."""
         if not self.is_ready:
-            raise EngineDiedError("the engine is not running")
+            raise BackendUnavailableError("the engine is not running")
         async with aclosing(self._client.generate(request, request.adapter or self._server_model)) as chunks:
             async for chunk in chunks:
                 yield chunk

@@ -128,7 +128,7 @@ class WorkerClient:
     async def generate(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
         """See `core.protocols.Generator.generate`."""
         if not self.is_ready:
-            raise EngineDiedError("the engine is not running")
+            raise BackendUnavailableError("the engine is not running")
         # Clients may repeat a request id; on the wire it must name one request only.
         wire_id = str(next(self._wire_ids))
         stream: asyncio.Queue[TokenChunk | LocalMoEError] = asyncio.Queue()

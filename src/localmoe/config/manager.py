@@ -266,7 +266,7 @@ class ConfigManager:
                 await self._apply(running, self._running)
                 raise
         except BaseException:
-            await asyncio.to_thread(_put_back, before, write)
+            await asyncio.to_thread(_undo, before, write)
             self._tried = tried if write else candidate.files
             await asyncio.to_thread(self._history.discard, prepared)
             raise
@@ -377,6 +377,11 @@ def _write_files(files: Mapping[Path, bytes], seen: Mapping[Path, bytes]) -> dic
                 raise storage_error(error, message) from error
             before[path] = old
     return before
+
+
+def _undo(files: Mapping[Path, bytes | None], written: Mapping[Path, bytes]) -> None:
+    with locked(path.parent for path in files):
+        _put_back(files, written)
 
 
 def _put_back(files: Mapping[Path, bytes | None], written: Mapping[Path, bytes]) -> None:
