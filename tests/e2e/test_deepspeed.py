@@ -21,6 +21,7 @@ from localmoe.core.request import FinishReason, Request, SamplingParams, TokenCh
 from support.checkpoints import greedy_reference
 from support.engine_environments import with_engines
 from support.models import greedy
+from support.processes import descendants
 
 pytestmark = pytest.mark.slow
 
@@ -76,12 +77,9 @@ async def rest_of(chunks: AsyncIterator[TokenChunk]) -> list[int]:
 
 def workers(pid: int) -> list[int]:
     """The descendants of a process that run our worker; rank 0 is the first."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
-            command = Path(f"/proc/{child}/cmdline").read_bytes()
-            found += [child] * (b"localmoe.backends.deepspeed_worker" in command) + workers(child)
-    return found
+    return [
+        child for child, command in descendants(pid).items() if "localmoe.backends.deepspeed_worker" in command
+    ]
 
 
 def wait_gone(pids: list[int]) -> None:

@@ -192,10 +192,17 @@ async def test_two_gateways_share_jobs_and_one_goes_on_for_the_other(tmp_path: P
             async with database.read() as connection:
                 return [tuple(row) for row in await connection.exec_driver_sql(statement)]
 
-        async def until_ended(least: int) -> None:
+        runners: set[str] = set()
+
+        async def until_ended(least: int, num_runners: int = 0) -> None:
+            """And until so many have been seen at work, or there is no more of it."""
+            num_ended = 0
             async with asyncio.timeout(120):
-                while (await rows("SELECT count(*) FROM jobs WHERE ended_at IS NOT NULL"))[0][0] < least:  # noqa: ASYNC110
+                while num_ended < least or (len(runners) < num_runners and num_ended < number):
                     await asyncio.sleep(0.05)
+                    owners = await rows("SELECT DISTINCT lease_owner FROM job_items WHERE lease_owner IS NOT NULL")
+                    runners.update(owner for (owner,) in owners)
+                    ((num_ended,),) = await rows("SELECT count(*) FROM jobs WHERE ended_at IS NOT NULL")
 
         async with database.write() as connection:
             for statement in (
@@ -208,8 +215,7 @@ async def test_two_gateways_share_jobs_and_one_goes_on_for_the_other(tmp_path: P
                 await connection.exec_driver_sql(statement)
         first, second = Server(tmp_path / "a", settings), Server(tmp_path / "b", settings)
         ids = await submit(first.url, number)
-        await until_ended(number // 4)
-        runners = await rows("SELECT DISTINCT lease_owner FROM job_items WHERE lease_owner IS NOT NULL")
+        await until_ended(number // 4, num_runners=2)
         first.kill()
         await until_ended(number)
         second.stop()
