@@ -222,8 +222,8 @@ def question(request: Request, model: str) -> tuple[str, bytes]:
         body["seed"] = sampling.seed
     if sampling.logit_bias:
         body["logit_bias"] = sampling.logit_bias
-    if not source.must_call and source.content_grammar is not None and _is_format(source.content_grammar):
-        body["response_format"] = _response_format(source.content_grammar)
+    if not source.must_call and (response_format := _response_format(source.content_grammar)) is not None:
+        body["response_format"] = response_format
     if source.stop:
         body["stop"] = source.stop[:_MAX_STOPS]
     if source.messages is not None:
@@ -236,14 +236,13 @@ def question(request: Request, model: str) -> tuple[str, bytes]:
 def asks_for_grammar(source: PromptSource) -> bool:
     """Whether that the answer follows its grammar can be asked for in the API's words: as tool calls that there must
     be, or as a `response_format`."""
-    return source.must_call or (source.content_grammar is not None and _is_format(source.content_grammar))
+    return source.must_call or _response_format(source.content_grammar) is not None
 
 
-def _is_format(grammar: Grammar) -> bool:
-    return grammar.kind in ("json_object", "json_schema")
-
-
-def _response_format(grammar: Grammar) -> dict[str, Any]:
+def _response_format(grammar: Grammar | None) -> dict[str, Any] | None:
+    """None where the API has none for it."""
+    if grammar is None or grammar.kind not in ("json_object", "json_schema"):
+        return None
     if grammar.kind == "json_object":
         return {"type": "json_object"}
     schema = msgspec.Raw(grammar.source.encode())

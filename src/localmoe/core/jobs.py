@@ -138,10 +138,8 @@ class LeasedItem:
     position: int
     num_starts: int
     """How often it was begun, this time included."""
-    num_refusals: int
-    """How often it was put back, but for interruptions."""
     num_not_served: int
-    """How often of these because a gateway did not serve its model."""
+    """How often it was put back because a gateway did not serve its model, since one did last."""
     others_run: bool
     """Whether other runners have items under way."""
     owner: Principal

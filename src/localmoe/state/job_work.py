@@ -99,7 +99,6 @@ class SqlJobWork:
                 job_id=row.job_id,
                 position=row.position,
                 num_starts=row.num_starts + 1,
-                num_refusals=row.num_refusals,
                 num_not_served=row.num_not_served,
                 others_run=bool(row.others_run),
                 owner=principal_of(row.owner),

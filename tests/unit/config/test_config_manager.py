@@ -603,6 +603,7 @@ async def test_the_watch_goes_on_when_a_link_leads_to_itself(
         site.file.unlink()
         site.file.write_text(TEXT.replace("5", "6"))
         await site.until(lambda: site.max_choices == 6)
+    assert [version.author for version in site.history.versions()] == ["file watch"]
 
 
 async def test_the_watch_goes_on_when_it_breaks(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
